@@ -1,0 +1,370 @@
+// Decode attention over a paged KV cache, for full, selection and sparse layers.
+//
+// For one row (a query token that sees n tokens) and query head h, over the tokens t that it attends to:
+//
+//   x[h, t] = softcap(q[h] . k[t] * scale)         softcap(x) = c tanh(x / c), or x where c = 0
+//   m[h] = max x[h, t],  L[h] = sum e^(x[h, t] - m[h]) (+ e^(sink[h] - m[h]))
+//   output[h] = sum e^(x[h, t] - m[h]) v[t] / L[h]
+//
+// and in a selection layer (DELTA, arXiv 2510.09883; max over all query heads, sum over the page):
+//
+//   token score s[t] = max over h of e^(x[h, t] - m[h]) / L[h] = e^(max over h of (x - m[h] - log L[h]))
+//   page score = sum of s[t] over the page's tokens
+//
+// Rows are processed in waves that fit the workspace. In a wave, four steps, each spread over all threads:
+//   1. chunks of 512 tokens x KV heads: logits, then the chunk's maximum, sum and unnormalised output;
+//   2. rows x heads: combine the chunks;
+//   3. chunks: page scores from the stored logits (K is read once, in step 1);
+//   4. rows: select the pages.
+// Chunks are cut at fixed places and combined in order, so the result for a row has the same bits in any
+// batch and with any number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "layout.h"
+
+namespace vllm_delta {
+namespace DELTA_ISA {
+namespace {
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A run of tokens that lie side by side in one KV block.
+struct Segment {
+  int64_t block;   // physical
+  int64_t offset;  // of the first token in the block, a multiple of 16
+  int64_t count;   // only a row's last segment may hold a number that is not a multiple of 16
+};
+
+constexpr int64_t kMaxSegments = kChunkTokens / kLanes;
+
+// What one row attends to, in units that the waves count in.
+struct Row {
+  int64_t index;
+  int64_t length;         // tokens that it sees
+  int64_t attended;       // upper bound: whole pages of the selection table, or length
+  int64_t first_chunk;    // in the wave
+  int64_t num_chunks;
+  int64_t logits_offset;  // in the workspace; rows without selection keep no logits
+  int64_t padded;         // stride between heads of its logits
+  int64_t scores_offset;
+  bool selects;
+};
+
+struct WorkItem {
+  int64_t row;  // in the wave
+  int64_t chunk;
+};
+
+Row describe_row(const Problem& p, int64_t index) {
+  Row row = {};
+  row.index = index;
+  row.length = p.row_lengths[index];
+  row.attended = p.table_pages ? p.table_counts[index] * p.page_size : row.length;
+  row.num_chunks = ceil_div(row.attended, kChunkTokens);
+  row.padded = ceil_div(row.length, kLanes) * kLanes;
+  row.selects = p.selected_pages && (p.scores_out || row.length > p.budget_pages * p.page_size);
+  return row;
+}
+
+// The segments of one chunk of a row; returns their number.
+int64_t find_segments(const Problem& p, const Row& row, int64_t chunk, Segment* segments) {
+  const int32_t* blocks = p.block_table + p.row_requests[row.index] * p.block_table_stride;
+  int64_t count = 0;
+  const auto append = [&](int64_t token, int64_t tokens) {
+    const int64_t block = blocks[token / p.block_size];
+    const int64_t offset = token % p.block_size;
+    if (count > 0) {
+      Segment& previous = segments[count - 1];
+      if (previous.block == block && previous.offset + previous.count == offset) {
+        previous.count += tokens;
+        return;
+      }
+    }
+    segments[count++] = {block, offset, tokens};
+  };
+  if (!p.table_pages) {
+    const int64_t end = std::min(row.length, (chunk + 1) * kChunkTokens);
+    for (int64_t token = chunk * kChunkTokens; token < end;) {
+      const int64_t left_in_block = p.block_size - token % p.block_size;
+      const int64_t tokens = std::min(left_in_block, end - token);
+      append(token, tokens);
+      token += tokens;
+    }
+    return count;
+  }
+  const int32_t* pages = p.table_pages + row.index * p.table_stride;
+  const int64_t pages_per_chunk = kChunkTokens / p.page_size;
+  const int64_t end = std::min<int64_t>(p.table_counts[row.index], (chunk + 1) * pages_per_chunk);
+  for (int64_t i = chunk * pages_per_chunk; i < end; ++i) {
+    const int64_t token = pages[i] * p.page_size;
+    append(token, std::min(p.page_size, row.length - token));
+  }
+  return count;
+}
+
+// Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, stride], and the
+// chunk's maximum, sum and output.
+template <typename T, typename Layout, int kHeads>
+void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int64_t num_segments,
+                  const float* query, float* logits, int64_t logits_stride, float* output,
+                  float* maxima, float* sums) {
+  constexpr int kWide = kHeads <= 4 ? 4 : 2;
+  const int64_t d = p.head_size;
+
+  int64_t position = 0;
+  for (int64_t s = 0; s < num_segments; ++s) {
+    const Segment segment = segments[s];
+    const T* block = cache + segment.block * p.cache_block_stride;
+    const int64_t padded = ceil_div(segment.count, kLanes) * kLanes;
+    int64_t done = 0;
+    for (; done + kWide * kLanes <= padded; done += kWide * kLanes) {
+      Layout::template logits<kHeads, kWide>(block, p.block_size, d, segment.offset + done, query,
+                                             logits + position + done, logits_stride);
+    }
+    for (; done < padded; done += kLanes) {
+      Layout::template logits<kHeads, 1>(block, p.block_size, d, segment.offset + done, query,
+                                         logits + position + done, logits_stride);
+    }
+    position += padded;
+  }
+
+  const int64_t padding = (kLanes - segments[num_segments - 1].count % kLanes) % kLanes;
+  alignas(64) float weights[kHeads * kChunkTokens];
+  for (int g = 0; g < kHeads; ++g) {
+    float* const x = logits + g * logits_stride;
+    if (p.softcap != 0.0f) {
+      for (int64_t t = 0; t < position; t += kLanes) {
+        store16(x + t, hyperbolic_tangent(load16(x + t) / p.softcap) * p.softcap);
+      }
+    }
+    // Lanes behind the last token hold whatever the block held before.
+    for (int64_t t = position - padding; t < position; ++t) x[t] = kNegativeInfinity;
+
+    f32x16 maximum_lanes = load16(x);
+    for (int64_t t = kLanes; t < position; t += kLanes) {
+      maximum_lanes = maximum(maximum_lanes, load16(x + t));
+    }
+    maxima[g] = reduce_max(maximum_lanes);
+    f32x16 sum_lanes = broadcast(0.0f);
+    for (int64_t t = 0; t < position; t += kLanes) {
+      const f32x16 weight = exponential(load16(x + t) - maxima[g]);
+      store16(weights + g * kChunkTokens + t, weight);
+      sum_lanes += weight;
+    }
+    sums[g] = reduce_add(sum_lanes);
+  }
+
+  std::memset(output, 0, sizeof(float) * kHeads * d);
+  position = 0;
+  for (int64_t s = 0; s < num_segments; ++s) {
+    const Segment segment = segments[s];
+    const T* block = cache + segment.block * p.cache_block_stride;
+    for (int64_t done = 0; done < segment.count; done += kLanes) {
+      const int64_t count = std::min(kLanes, segment.count - done);
+      const float* w = weights + position + done;
+      int64_t v = 0;
+      for (; v + 2 <= d / kLanes; v += 2) {
+        Layout::template accumulate<kHeads, 2>(block, p.block_size, d, segment.offset + done, count,
+                                               v, w, kChunkTokens, output);
+      }
+      if (v < d / kLanes) {
+        Layout::template accumulate<kHeads, 1>(block, p.block_size, d, segment.offset + done, count,
+                                               v, w, kChunkTokens, output);
+      }
+    }
+    position += ceil_div(segment.count, kLanes) * kLanes;
+  }
+}
+
+template <typename T, typename Layout>
+using AttendChunk = void (*)(const Problem&, const T*, const Segment*, int64_t, const float*, float*,
+                             int64_t, float*, float*, float*);
+
+// Step 1 for all query heads of one KV head.
+template <typename T, typename Layout>
+void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_head) {
+  static constexpr AttendChunk<T, Layout> kByHeads[kMaxHeadGroup] = {
+      attend_chunk<T, Layout, 1>, attend_chunk<T, Layout, 2>, attend_chunk<T, Layout, 3>,
+      attend_chunk<T, Layout, 4>, attend_chunk<T, Layout, 5>, attend_chunk<T, Layout, 6>,
+      attend_chunk<T, Layout, 7>, attend_chunk<T, Layout, 8>};
+  alignas(64) float query[kMaxHeadGroup * kMaxHeadSize];
+  alignas(64) float scratch_logits[kMaxHeadGroup * kChunkTokens];
+  Segment segments[kMaxSegments];
+
+  const int64_t d = p.head_size;
+  const int64_t heads_per_kv_head = p.num_heads / p.num_kv_heads;
+  const T* cache = static_cast<const T*>(p.kv_cache) + kv_head * p.cache_head_stride;
+  const int64_t num_segments = find_segments(p, row, chunk, segments);
+  const int64_t slot = (row.first_chunk + chunk) * p.num_heads;
+
+  for (int64_t done = 0; done < heads_per_kv_head; done += kMaxHeadGroup) {
+    const int64_t heads = std::min(kMaxHeadGroup, heads_per_kv_head - done);
+    const int64_t first_head = kv_head * heads_per_kv_head + done;
+    const T* source = static_cast<const T*>(p.query) +
+                      p.row_tokens[row.index] * p.query_token_stride +
+                      first_head * p.query_head_stride;
+    for (int64_t g = 0; g < heads; ++g) {
+      for (int64_t i = 0; i < d; ++i) {
+        query[g * d + i] = to_float(source[g * p.query_head_stride + i]) * p.scale;
+      }
+    }
+    float* logits = scratch_logits;
+    int64_t logits_stride = kChunkTokens;
+    if (row.selects) {
+      logits = p.workspace.logits + row.logits_offset + first_head * row.padded +
+               chunk * kChunkTokens;
+      logits_stride = row.padded;
+    }
+    kByHeads[heads - 1](p, cache, segments, num_segments, query, logits, logits_stride,
+                        p.workspace.partial_outputs + (slot + first_head) * d,
+                        p.workspace.partial_maxima + slot + first_head,
+                        p.workspace.partial_sums + slot + first_head);
+  }
+}
+
+// Step 2 for one row and head.
+template <typename T>
+void combine_chunks(const Problem& p, const Row& row, int64_t row_in_wave, int64_t head) {
+  const Workspace& w = p.workspace;
+  const int64_t d = p.head_size;
+  const int64_t first = row.first_chunk * p.num_heads + head;
+  float maximum_logit = p.sinks ? p.sinks[head] : kNegativeInfinity;
+  for (int64_t c = 0; c < row.num_chunks; ++c) {
+    maximum_logit = std::max(maximum_logit, w.partial_maxima[first + c * p.num_heads]);
+  }
+  alignas(64) float sum_of_outputs[kMaxHeadSize];
+  std::memset(sum_of_outputs, 0, sizeof(float) * d);
+  float sum = p.sinks ? std::exp(p.sinks[head] - maximum_logit) : 0.0f;
+  for (int64_t c = 0; c < row.num_chunks; ++c) {
+    const int64_t slot = first + c * p.num_heads;
+    const float factor = std::exp(w.partial_maxima[slot] - maximum_logit);
+    sum += w.partial_sums[slot] * factor;
+    for (int64_t i = 0; i < d; i += kLanes) {
+      store16(sum_of_outputs + i,
+              load16(sum_of_outputs + i) + load16(w.partial_outputs + slot * d + i) * factor);
+    }
+  }
+  w.row_maxima[row_in_wave * p.num_heads + head] = maximum_logit;
+  w.row_log_sums[row_in_wave * p.num_heads + head] = std::log(sum);
+  T* target = static_cast<T*>(p.output) + p.row_tokens[row.index] * p.output_token_stride +
+              head * p.output_head_stride;
+  const float inverse = 1.0f / sum;
+  for (int64_t i = 0; i < d; ++i) from_float(sum_of_outputs[i] * inverse, target[i]);
+}
+
+// Step 3 for one chunk of a row.
+void score_chunk(const Problem& p, const Row& row, int64_t row_in_wave, int64_t chunk) {
+  const Workspace& w = p.workspace;
+  const float* maxima = w.row_maxima + row_in_wave * p.num_heads;
+  const float* log_sums = w.row_log_sums + row_in_wave * p.num_heads;
+  const int64_t end = std::min(row.length, (chunk + 1) * kChunkTokens);
+  for (int64_t first = chunk * kChunkTokens; first < end; first += p.page_size) {
+    f32x16 page_lanes = broadcast(0.0f);
+    const int64_t page_end = std::min(row.length, first + p.page_size);
+    for (int64_t t = first; t < page_end; t += kLanes) {
+      f32x16 best = broadcast(kNegativeInfinity);
+      for (int64_t h = 0; h < p.num_heads; ++h) {
+        const f32x16 x = load16(w.logits + row.logits_offset + h * row.padded + t);
+        best = maximum(best, (x - maxima[h]) - log_sums[h]);
+      }
+      page_lanes += exponential(best);  // the padding's logits are -inf and add 0
+    }
+    w.page_scores[row.scores_offset + first / p.page_size] = reduce_add(page_lanes);
+  }
+}
+
+// Step 4 for one row.
+void select_row(const Problem& p, const Row& row) {
+  const int64_t num_pages = ceil_div(row.length, p.page_size);
+  float* const scores = p.workspace.page_scores + row.scores_offset;
+  if (row.selects) {
+    for (int64_t page = 0; page < num_pages; ++page) {
+      // Not a number compares with nothing; the selection needs an order.
+      if (!(scores[page] >= 0.0f)) scores[page] = 0.0f;
+    }
+    if (p.scores_out) {
+      std::memcpy(p.scores_out + row.index * p.scores_stride, scores, sizeof(float) * num_pages);
+    }
+  }
+  p.selected_counts[row.index] =
+      select_pages(scores, num_pages, p.budget_pages, p.recent_pages, p.sink_pages,
+                   p.workspace.page_order + row.scores_offset,
+                   p.selected_pages + row.index * p.selected_stride);
+}
+
+template <typename T, typename Layout>
+void run_problem(const Problem& p) {
+  std::vector<Row> rows;
+  std::vector<WorkItem> items;
+  for (int64_t next = 0; next < p.num_rows;) {
+    rows.clear();
+    items.clear();
+    int64_t logits = 0, scores = 0, chunks = 0;
+    for (; next < p.num_rows; ++next) {
+      Row row = describe_row(p, next);
+      if ((chunks + row.num_chunks) * kChunkTokens > p.wave_tokens) break;
+      row.first_chunk = chunks;
+      chunks += row.num_chunks;
+      row.logits_offset = logits;
+      row.scores_offset = scores;
+      if (row.selects) {
+        logits += row.padded * p.num_heads;
+        scores += ceil_div(row.length, p.page_size);
+      }
+      for (int64_t chunk = 0; chunk < row.num_chunks; ++chunk) {
+        items.push_back({static_cast<int64_t>(rows.size()), chunk});
+      }
+      rows.push_back(row);
+    }
+    const int64_t num_rows = static_cast<int64_t>(rows.size());
+    const int64_t num_items = static_cast<int64_t>(items.size());
+
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < num_items * p.num_kv_heads; ++i) {
+        const WorkItem item = items[i / p.num_kv_heads];
+        attend_item<T, Layout>(p, rows[item.row], item.chunk, i % p.num_kv_heads);
+      }
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < num_rows * p.num_heads; ++i) {
+        combine_chunks<T>(p, rows[i / p.num_heads], i / p.num_heads, i % p.num_heads);
+      }
+      if (p.selected_pages) {
+        if (scores > 0) {
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < num_items; ++i) {
+            const WorkItem item = items[i];
+            if (rows[item.row].selects) score_chunk(p, rows[item.row], item.row, item.chunk);
+          }
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_rows; ++i) select_row(p, rows[i]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void run(const Problem& p) {
+  switch (p.element_type) {
+    case ElementType::kFloat32:
+      return run_problem<float, TransposedLayout<float>>(p);
+    case ElementType::kBFloat16:
+      return p.layout == KVLayout::kAmx ? run_problem<BFloat16, AmxLayout<BFloat16>>(p)
+                                        : run_problem<BFloat16, TransposedLayout<BFloat16>>(p);
+    case ElementType::kFloat16:
+      return p.layout == KVLayout::kAmx ? run_problem<Float16, AmxLayout<Float16>>(p)
+                                        : run_problem<Float16, TransposedLayout<Float16>>(p);
+  }
+}
+
+}  // namespace DELTA_ISA
+}  // namespace vllm_delta

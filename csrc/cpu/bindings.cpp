@@ -1,0 +1,325 @@
+// The operators `torch.ops.vllm_delta.*`, on PyTorch's stable ABI: this library uses no C++ symbol of
+// torch, so one build serves every torch from 2.11 on. Shapes are documented in vllm_delta/ops.py, which
+// also checks them; here is checked what would otherwise read or write outside of a tensor.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "problem.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace vllm_delta {
+namespace {
+
+Kernel find_kernel(int64_t level) {
+#if defined(__x86_64__)
+  static const bool has_avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (level >= 2 && has_avx512) return avx512::run;
+  if (level >= 1 && has_avx2) return avx2::run;
+#endif
+  return generic::run;
+}
+
+// Set by tests to reach the kernels for older processors.
+int64_t g_instruction_level = 2;
+
+int64_t set_instruction_level(int64_t level) {
+  const int64_t previous = g_instruction_level;
+  g_instruction_level = level;
+  return previous;
+}
+
+ElementType element_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat32;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "DELTA's CPU kernels take float32, bfloat16 and float16");
+  }
+  return ElementType::kFloat32;
+}
+
+const int32_t* int32_data(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_cpu(), name,
+                  " must be an int32 tensor on the CPU");
+  STD_TORCH_CHECK(tensor.dim() == 0 || tensor.stride(tensor.dim() - 1) == 1, name,
+                  " must be contiguous in its last dimension");
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+// Floats of workspace for waves of `wave_tokens` tokens; the sum of what carve_workspace hands out.
+int64_t workspace_floats(int64_t wave_tokens, int64_t num_heads, int64_t head_size,
+                         int64_t page_size) {
+  const int64_t chunks = wave_tokens / kChunkTokens;
+  const int64_t pages = wave_tokens / page_size;
+  return chunks * num_heads * (head_size + 4) + wave_tokens * num_heads + 2 * pages;
+}
+
+Workspace carve_workspace(float* memory, const Problem& p) {
+  const int64_t chunks = p.wave_tokens / kChunkTokens;
+  const int64_t pages = p.wave_tokens / p.page_size;
+  Workspace w;
+  const auto take = [&memory](int64_t floats) {
+    float* const taken = memory;
+    memory += floats;
+    return taken;
+  };
+  w.logits = take(p.wave_tokens * p.num_heads);
+  w.partial_outputs = take(chunks * p.num_heads * p.head_size);
+  w.partial_maxima = take(chunks * p.num_heads);
+  w.partial_sums = take(chunks * p.num_heads);
+  w.row_maxima = take(chunks * p.num_heads);
+  w.row_log_sums = take(chunks * p.num_heads);
+  w.page_scores = take(pages);
+  w.page_order = reinterpret_cast<int32_t*>(take(pages));
+  return w;
+}
+
+void check_rows(const Problem& p, int64_t num_tokens, int64_t num_requests, int64_t table_width) {
+  const int64_t capacity = std::min(p.wave_tokens, table_width * p.block_size);
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    STD_TORCH_CHECK(p.row_tokens[i] >= 0 && p.row_tokens[i] < num_tokens, "row ", i,
+                    ": token index out of range");
+    STD_TORCH_CHECK(p.row_requests[i] >= 0 && p.row_requests[i] < num_requests, "row ", i,
+                    ": request index out of range");
+    STD_TORCH_CHECK(p.row_lengths[i] >= 1 && p.row_lengths[i] <= capacity, "row ", i, ": length ",
+                    p.row_lengths[i], " is not between 1 and ", capacity);
+    if (p.table_pages) {
+      STD_TORCH_CHECK(p.table_counts[i] >= 1 && p.table_counts[i] <= p.table_stride, "row ", i,
+                      ": its selection table is empty or too long");
+      // Ascending, so the last page bounds them all.
+      const int32_t last = p.table_pages[i * p.table_stride + p.table_counts[i] - 1];
+      STD_TORCH_CHECK(p.table_pages[i * p.table_stride] >= 0 &&
+                          last * p.page_size < p.row_lengths[i],
+                      "row ", i, ": its selection table names a page outside of the sequence");
+    }
+  }
+}
+
+Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                 const Tensor& row_tokens, const Tensor& row_requests, const Tensor& row_lengths,
+                 int64_t layout, double scale, double softcap, const std::optional<Tensor>& sinks,
+                 int64_t page_size, const Tensor& workspace, const Tensor& output) {
+  Problem p = {};
+  p.element_type = element_type(query);
+  p.layout = static_cast<KVLayout>(layout);
+  STD_TORCH_CHECK(query.dim() == 3 && output.dim() == 3 && kv_cache.dim() == 4,
+                  "query and output have 3 dimensions, kv_cache 4");
+  STD_TORCH_CHECK(kv_cache.scalar_type() == query.scalar_type() &&
+                      output.scalar_type() == query.scalar_type(),
+                  "query, kv_cache and output must have the same dtype");
+  p.num_heads = query.size(1);
+  p.head_size = query.size(2);
+  p.num_kv_heads = kv_cache.size(1);
+  p.block_size = kv_cache.size(2);
+  STD_TORCH_CHECK(kv_cache.size(3) == 2 * p.head_size && kv_cache.stride(3) == 1 &&
+                      kv_cache.stride(2) == 2 * p.head_size,
+                  "kv_cache must be [blocks, num_kv_heads, block_size, 2 * head_size] with "
+                  "contiguous blocks");
+  STD_TORCH_CHECK(p.num_heads % p.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads");
+  STD_TORCH_CHECK(p.head_size % kLanes == 0 && p.head_size <= kMaxHeadSize,
+                  "head_size must be a multiple of 16 up to ", kMaxHeadSize);
+  STD_TORCH_CHECK(p.block_size % kLanes == 0 && page_size % kLanes == 0 &&
+                      p.block_size % page_size == 0 && kChunkTokens % page_size == 0,
+                  "page_size must be 16, 32, 64 or 128 and divide the block size");
+  STD_TORCH_CHECK(layout == 0 || (layout == 1 && p.element_type != ElementType::kFloat32 &&
+                                  p.block_size % 32 == 0),
+                  "the amx layout holds bfloat16 or float16 in blocks of a multiple of 32 tokens");
+  STD_TORCH_CHECK(query.stride(2) == 1 && output.stride(2) == 1,
+                  "query and output must be contiguous in their last dimension");
+  STD_TORCH_CHECK(output.size(0) >= query.size(0) && output.size(1) == p.num_heads &&
+                      output.size(2) == p.head_size,
+                  "output must have the shape of query");
+  p.query = query.const_data_ptr();
+  p.query_token_stride = query.stride(0);
+  p.query_head_stride = query.stride(1);
+  p.output = output.mutable_data_ptr();
+  p.output_token_stride = output.stride(0);
+  p.output_head_stride = output.stride(1);
+  p.kv_cache = kv_cache.const_data_ptr();
+  p.cache_block_stride = kv_cache.stride(0);
+  p.cache_head_stride = kv_cache.stride(1);
+  p.block_table = int32_data(block_table, "block_table");
+  p.block_table_stride = block_table.stride(0);
+  p.num_rows = row_tokens.numel();
+  STD_TORCH_CHECK(row_requests.numel() == p.num_rows && row_lengths.numel() == p.num_rows,
+                  "row_tokens, row_requests and row_lengths must have the same length");
+  p.row_tokens = int32_data(row_tokens, "row_tokens");
+  p.row_requests = int32_data(row_requests, "row_requests");
+  p.row_lengths = int32_data(row_lengths, "row_lengths");
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  if (sinks) {
+    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->numel() == p.num_heads &&
+                        sinks->is_contiguous(),
+                    "sinks must be [num_heads] in float32");
+    p.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  }
+  p.page_size = page_size;
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.is_contiguous(),
+                  "workspace must be a contiguous float32 tensor");
+  p.wave_tokens =
+      workspace.numel() / workspace_floats(kChunkTokens, p.num_heads, p.head_size, page_size) *
+      kChunkTokens;
+  p.workspace = carve_workspace(static_cast<float*>(workspace.mutable_data_ptr()), p);
+  return p;
+}
+
+// counters: int64 [3], rows, attended tokens, context tokens. Written here, by the code that has just
+// attended to them.
+void run_and_count(const Problem& p, const Tensor& counters) {
+  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3 &&
+                      counters.is_contiguous(),
+                  "counters must be int64 [3]");
+  find_kernel(g_instruction_level)(p);
+  int64_t attended = 0, context = 0;
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    const int64_t length = p.row_lengths[i];
+    context += length;
+    if (!p.table_pages) {
+      attended += length;
+      continue;
+    }
+    const int64_t count = p.table_counts[i];
+    const int64_t last = p.table_pages[i * p.table_stride + count - 1];
+    attended += (count - 1) * p.page_size + std::min(p.page_size, length - last * p.page_size);
+  }
+  int64_t* const out = static_cast<int64_t*>(counters.mutable_data_ptr());
+  out[0] += p.num_rows;
+  out[1] += attended;
+  out[2] += context;
+}
+
+void full_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
+                    Tensor row_requests, Tensor row_lengths, int64_t layout, double scale,
+                    double softcap, std::optional<Tensor> sinks, Tensor workspace, Tensor counters,
+                    Tensor output) {
+  const Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
+                             layout, scale, softcap, sinks, kLanes, workspace, output);
+  check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
+  run_and_count(p, counters);
+}
+
+void selection_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
+                         Tensor row_requests, Tensor row_lengths, int64_t layout, double scale,
+                         double softcap, std::optional<Tensor> sinks, int64_t page_size,
+                         int64_t budget_pages, int64_t recent_pages, int64_t sink_pages,
+                         Tensor workspace, Tensor counters, Tensor output, Tensor pages,
+                         Tensor page_counts, std::optional<Tensor> scores) {
+  Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, layout,
+                       scale, softcap, sinks, page_size, workspace, output);
+  check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
+  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && budget_pages >= 1 &&
+                      recent_pages + sink_pages <= budget_pages,
+                  "budget_pages must hold the recent and the sink pages");
+  int32_data(pages, "pages");
+  int32_data(page_counts, "page_counts");
+  STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows &&
+                      pages.size(1) >= budget_pages && page_counts.numel() >= p.num_rows,
+                  "pages must be [rows, budget_pages] and page_counts [rows]");
+  p.selected_pages = static_cast<int32_t*>(pages.mutable_data_ptr());
+  p.selected_counts = static_cast<int32_t*>(page_counts.mutable_data_ptr());
+  p.selected_stride = pages.stride(0);
+  p.budget_pages = budget_pages;
+  p.recent_pages = recent_pages;
+  p.sink_pages = sink_pages;
+  if (scores) {
+    int32_t longest = 0;
+    for (int64_t i = 0; i < p.num_rows; ++i) longest = std::max(longest, p.row_lengths[i]);
+    STD_TORCH_CHECK(scores->scalar_type() == ScalarType::Float && scores->dim() == 2 &&
+                        scores->size(0) >= p.num_rows && scores->stride(1) == 1 &&
+                        scores->size(1) * page_size >= longest,
+                    "scores must be float32 [rows, pages of the longest row]");
+    p.scores_out = static_cast<float*>(scores->mutable_data_ptr());
+    p.scores_stride = scores->stride(0);
+  }
+  run_and_count(p, counters);
+}
+
+void sparse_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
+                      Tensor row_requests, Tensor row_lengths, int64_t layout, double scale,
+                      double softcap, std::optional<Tensor> sinks, int64_t page_size, Tensor pages,
+                      Tensor page_counts, Tensor workspace, Tensor counters, Tensor output) {
+  Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, layout,
+                       scale, softcap, sinks, page_size, workspace, output);
+  STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows &&
+                      page_counts.numel() >= p.num_rows,
+                  "pages must be [rows, budget_pages] and page_counts [rows]");
+  p.table_pages = int32_data(pages, "pages");
+  p.table_counts = int32_data(page_counts, "page_counts");
+  p.table_stride = pages.stride(0);
+  check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
+  run_and_count(p, counters);
+}
+
+// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [budget_pages]; returns
+// the number of pages kept.
+int64_t select_pages_of(Tensor scores, int64_t budget_pages, int64_t recent_pages,
+                        int64_t sink_pages, Tensor pages) {
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
+                  "scores must be contiguous float32");
+  int32_data(pages, "pages");
+  STD_TORCH_CHECK(pages.is_contiguous() && pages.numel() >= budget_pages,
+                  "pages must hold budget_pages indices");
+  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && budget_pages >= 1 &&
+                      recent_pages + sink_pages <= budget_pages,
+                  "budget_pages must hold the recent and the sink pages");
+  std::vector<int32_t> order(scores.numel());
+  return select_pages(static_cast<const float*>(scores.const_data_ptr()), scores.numel(),
+                      budget_pages, recent_pages, sink_pages, order.data(),
+                      static_cast<int32_t*>(pages.mutable_data_ptr()));
+}
+
+}  // namespace
+}  // namespace vllm_delta
+
+#define DELTA_ROWS                                                                          \
+  "Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens, Tensor row_requests, " \
+  "Tensor row_lengths, int layout, float scale, float softcap, Tensor? sinks, "
+
+STABLE_TORCH_LIBRARY(vllm_delta, m) {
+  m.def("full_attention(" DELTA_ROWS
+        "Tensor(a!) workspace, Tensor(b!) counters, Tensor(c!) output) -> ()");
+  m.def("selection_attention(" DELTA_ROWS
+        "int page_size, int budget_pages, int recent_pages, int sink_pages, Tensor(a!) workspace, "
+        "Tensor(b!) counters, Tensor(c!) output, Tensor(d!) pages, Tensor(e!) page_counts, "
+        "Tensor(f!)? scores) -> ()");
+  m.def("sparse_attention(" DELTA_ROWS
+        "int page_size, Tensor pages, Tensor page_counts, Tensor(a!) workspace, "
+        "Tensor(b!) counters, Tensor(c!) output) -> ()");
+  m.def(
+      "select_pages(Tensor scores, int budget_pages, int recent_pages, int sink_pages, "
+      "Tensor(a!) pages) -> int");
+  m.def("workspace_floats(int wave_tokens, int num_heads, int head_size, int page_size) -> int");
+  m.def("set_instruction_level(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_delta, CPU, m) {
+  m.impl("full_attention", TORCH_BOX(&vllm_delta::full_attention));
+  m.impl("selection_attention", TORCH_BOX(&vllm_delta::selection_attention));
+  m.impl("sparse_attention", TORCH_BOX(&vllm_delta::sparse_attention));
+  m.impl("select_pages", TORCH_BOX(&vllm_delta::select_pages_of));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_delta, CompositeExplicitAutograd, m) {
+  m.impl("workspace_floats", TORCH_BOX(&vllm_delta::workspace_floats));
+  m.impl("set_instruction_level", TORCH_BOX(&vllm_delta::set_instruction_level));
+}

@@ -1,0 +1,104 @@
+// The interface between the bindings and the kernels, which are compiled once per instruction set.
+//
+// Nothing here depends on PyTorch: kernels know pointers, strides and sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace vllm_delta {
+
+// Tokens of one work item. Fixed, so that a sequence is always cut at the same places and its result
+// does not depend on the batch it is in, nor on the number of threads.
+constexpr int64_t kChunkTokens = 512;
+
+// Tokens that one vector holds. Pages and KV blocks are multiples of it.
+constexpr int64_t kLanes = 16;
+
+// Query heads that share one pass over the keys and values.
+constexpr int64_t kMaxHeadGroup = 8;
+
+// The largest head size; bounds the scratch memory on the stack.
+constexpr int64_t kMaxHeadSize = 512;
+
+enum class ElementType { kFloat32, kBFloat16, kFloat16 };
+
+// How vLLM's CPU backend lays out one KV block of one head (K first, V behind it).
+enum class KVLayout {
+  // "vec", "vec16": K [head_size][block_size], V [block_size][head_size]
+  kTransposed,
+  // "amx": K [block_size/16][head_size/2][16 tokens][2], V [head_size/16][block_size/2][16][2 tokens]
+  kAmx,
+};
+
+// Scratch memory of one call, carved out of one buffer by `carve_workspace` (attention.cpp).
+struct Workspace {
+  float* partial_outputs;     // [chunks, num_heads, head_size], not normalised
+  float* partial_maxima;      // [chunks, num_heads]
+  float* partial_sums;        // [chunks, num_heads]
+  float* row_maxima;          // [rows of a wave, num_heads]
+  float* row_log_sums;        // [rows of a wave, num_heads]
+  float* logits;              // [tokens of a wave * num_heads]; row by row [num_heads, tokens]
+  float* page_scores;         // [tokens of a wave / page_size]
+  int32_t* page_order;        // as page_scores
+};
+
+// One call: decode rows of one layer. A row is one query token; it sees `row_lengths[i]` tokens.
+struct Problem {
+  ElementType element_type;
+  KVLayout layout;
+  int64_t num_rows, num_heads, num_kv_heads, head_size;
+
+  const void* query;  // [tokens, num_heads, head_size], strides in elements, head_size contiguous
+  int64_t query_token_stride, query_head_stride;
+  void* output;
+  int64_t output_token_stride, output_head_stride;
+
+  const void* kv_cache;  // [blocks, num_kv_heads, 2 * block_size * head_size]
+  int64_t cache_block_stride, cache_head_stride, block_size;
+
+  const int32_t* block_table;  // [requests, blocks of a request]
+  int64_t block_table_stride;
+  const int32_t *row_tokens, *row_requests, *row_lengths;  // [num_rows]
+
+  float scale;
+  float softcap;       // 0: none
+  const float* sinks;  // [num_heads] or null: a logit that takes part in the softmax and has no value
+
+  int64_t page_size;
+
+  // Sparse attention: the selection table to read; null where a row sees all its tokens.
+  const int32_t* table_pages;  // [num_rows, table_stride], ascending
+  const int32_t* table_counts;
+  int64_t table_stride;
+
+  // Selection: the selection table to write; null where nothing is selected.
+  int32_t* selected_pages;
+  int32_t* selected_counts;
+  int64_t selected_stride;
+  int64_t budget_pages, recent_pages, sink_pages;
+  float* scores_out;  // [num_rows, scores_stride] or null: a copy of the page scores, for tests
+  int64_t scores_stride;
+
+  int64_t wave_tokens;  // capacity of the workspace, a multiple of kChunkTokens
+  Workspace workspace;
+};
+
+// Runs the whole problem on the threads of the current OpenMP pool.
+using Kernel = void (*)(const Problem&);
+
+namespace avx512 {
+void run(const Problem& problem);
+}
+namespace avx2 {
+void run(const Problem& problem);
+}
+namespace generic {
+void run(const Problem& problem);
+}
+
+// Page selection (select.cpp): design.md, "The method", steps 4 and 5. `scores` [num_pages],
+// `order` is scratch of the same size. Writes the kept pages in ascending order, returns their number.
+int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_pages,
+                     int64_t recent_pages, int64_t sink_pages, int32_t* order, int32_t* pages);
+
+}  // namespace vllm_delta

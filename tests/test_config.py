@@ -1,0 +1,75 @@
+"""Settings: defaults, parsing and what is refused."""
+
+import pytest
+
+from vllm_delta.config import DeltaConfig, DeltaConfigError
+
+
+def parse(settings):
+    return DeltaConfig.from_additional_config({"delta": settings})
+
+
+def test_defaults_are_the_documented_ones():
+    assert parse({}) == DeltaConfig(
+        full_layers=2,
+        selection_layers="auto",
+        budget_tokens=2048,
+        recent_tokens=128,
+        sink_tokens=16,
+        page_size=16,
+    )
+
+
+@pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}])
+def test_no_settings_means_defaults(additional_config):
+    assert DeltaConfig.from_additional_config(additional_config) == DeltaConfig()
+
+
+def test_all_keys_are_taken():
+    config = parse(
+        {
+            "full_layers": 1,
+            "selection_layers": [1, 5],
+            "budget_tokens": 256,
+            "recent_tokens": 64,
+            "sink_tokens": 0,
+            "page_size": 32,
+        }
+    )
+    assert config == DeltaConfig(1, (1, 5), 256, 64, 0, 32)
+    assert (config.budget_pages, config.recent_pages, config.sink_pages) == (8, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 1}, r"delta\.budget is not a setting; accepted: full_layers, .*page_size"),
+        ({"budget_tokens": "2048"}, r"delta\.budget_tokens must be an integer"),
+        ({"budget_tokens": 2048.0}, r"delta\.budget_tokens must be an integer"),
+        ({"budget_tokens": True}, r"delta\.budget_tokens must be an integer"),
+        ({"budget_tokens": None}, r"delta\.budget_tokens must be an integer"),
+        ({"budget_tokens": 0}, r"delta\.budget_tokens must be an integer of at least 1"),
+        ({"full_layers": -1}, r"delta\.full_layers must be an integer of at least 0"),
+        ({"sink_tokens": -16}, r"delta\.sink_tokens must be an integer of at least 0"),
+        ({"page_size": 0}, r"delta\.page_size must be an integer of at least 1"),
+        ({"budget_tokens": 1000}, r"delta\.budget_tokens must be a multiple of delta\.page_size"),
+        ({"recent_tokens": 100}, r"delta\.recent_tokens must be a multiple of delta\.page_size"),
+        ({"sink_tokens": 8}, r"delta\.sink_tokens must be a multiple of delta\.page_size"),
+        ({"page_size": 32}, r"delta\.sink_tokens must be a multiple of delta\.page_size \(32\)"),
+        ({"budget_tokens": 128}, r"delta\.budget_tokens \(128\) must be at least .*128 \+ 16"),
+        ({"selection_layers": "all"}, r'delta\.selection_layers must be "auto" or a list'),
+        ({"selection_layers": 3}, r'delta\.selection_layers must be "auto" or a list'),
+        ({"selection_layers": [2, "14"]}, r'delta\.selection_layers must be "auto" or a list'),
+        ({"selection_layers": [2, True]}, r'delta\.selection_layers must be "auto" or a list'),
+        ({"selection_layers": [2, 2]}, r"delta\.selection_layers must name each layer once"),
+        ([], r'"delta" must be an object'),
+        (None, r'"delta" must be an object'),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(DeltaConfigError, match=message):
+        parse(settings)
+
+
+def test_budget_may_be_all_recent_and_sink():
+    assert parse({"budget_tokens": 144}).budget_pages == 9

@@ -1,0 +1,118 @@
+"""DELTA's settings, as the user gives them: parsed and checked, without vLLM.
+
+They come from ``--additional-config '{"delta": {...}}'``. What can be wrong about them without knowing the
+model is found here; what depends on the model's layers in `vllm_delta.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+
+class DeltaConfigError(ValueError):
+    """A setting, a model or an option that DELTA cannot serve; says which, and what is accepted."""
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """DELTA's settings; the defaults are the documented ones.
+
+    Raises:
+        DeltaConfigError: a value out of range, or a combination that makes no sense.
+    """
+
+    #: how many initial layers stay full
+    full_layers: int = 2
+    #: indices of the selection layers, or "auto"
+    selection_layers: Literal["auto"] | tuple[int, ...] = "auto"
+    #: tokens that a sparse layer may attend to, per sequence, recent and sink tokens included
+    budget_tokens: int = 2048
+    #: tokens at the end of the sequence that are always kept, in whole pages
+    recent_tokens: int = 128
+    #: tokens at the start of the sequence that are always kept, in whole pages
+    sink_tokens: int = 16
+    #: consecutive tokens that are kept or left out together
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("full_layers", 0),
+            ("budget_tokens", 1),
+            ("recent_tokens", 0),
+            ("sink_tokens", 0),
+            ("page_size", 1),
+        ):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise DeltaConfigError(
+                    f"delta.{name} must be an integer of at least {least}, not {value!r}"
+                )
+        self._check_selection_layers()
+        for name in ("budget_tokens", "recent_tokens", "sink_tokens"):
+            value = getattr(self, name)
+            if value % self.page_size:
+                raise DeltaConfigError(
+                    f"delta.{name} must be a multiple of delta.page_size ({self.page_size}), "
+                    f"not {value}"
+                )
+        if self.budget_tokens < self.recent_tokens + self.sink_tokens:
+            raise DeltaConfigError(
+                f"delta.budget_tokens ({self.budget_tokens}) must be at least "
+                f"delta.recent_tokens + delta.sink_tokens "
+                f"({self.recent_tokens} + {self.sink_tokens}), which it includes"
+            )
+
+    def _check_selection_layers(self) -> None:
+        layers = self.selection_layers
+        if layers == "auto":
+            return
+        if not isinstance(layers, tuple) or not all(_is_int(layer) for layer in layers):
+            raise DeltaConfigError(
+                f'delta.selection_layers must be "auto" or a list of layer indices, not {layers!r}'
+            )
+        if len(set(layers)) != len(layers):
+            raise DeltaConfigError(
+                f"delta.selection_layers must name each layer once, not {list(layers)}"
+            )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> DeltaConfig:
+        """The settings in vLLM's ``additional_config``; the defaults where it has no ``"delta"``.
+
+        Raises:
+            DeltaConfigError: unknown key, wrong type, or value out of range.
+        """
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        settings = additional_config.get("delta", {})
+        if not isinstance(settings, Mapping):
+            raise DeltaConfigError(f'"delta" must be an object of settings, not {settings!r}')
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise DeltaConfigError(f"delta.{key} is not a setting; accepted: {', '.join(known)}")
+        values = dict(settings)
+        if isinstance(values.get("selection_layers"), list):
+            values["selection_layers"] = tuple(values["selection_layers"])
+        return cls(**values)
+
+    @property
+    def budget_pages(self) -> int:
+        """`budget_tokens` in pages."""
+        return self.budget_tokens // self.page_size
+
+    @property
+    def recent_pages(self) -> int:
+        """`recent_tokens` in pages."""
+        return self.recent_tokens // self.page_size
+
+    @property
+    def sink_pages(self) -> int:
+        """`sink_tokens` in pages."""
+        return self.sink_tokens // self.page_size
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

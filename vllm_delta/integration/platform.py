@@ -1,0 +1,68 @@
+"""vLLM's CPU platform, with DELTA among its attention backends.
+
+The CPU platform ignores every attention backend but its own, so the method that chooses has to be overridden.
+Everything else is the platform's, and nothing changes while another backend is selected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_delta.integration.plugin import BACKEND_NAME
+from vllm_delta.integration.validation import check_config, selects_delta
+
+logger = init_logger(f"vllm.{__name__}")
+
+_CPU_BACKEND_PATH = "vllm_delta.integration.cpu.DeltaCPUBackend"
+_VLLM_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+_DELTA_WORKER = "vllm_delta.integration.worker.DeltaCPUWorker"
+
+
+class DeltaPlatformMixin:
+    """What DELTA changes about a CPU platform class."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        """Path of the class of the attention backend; DELTA's where it is selected."""
+        if selected_backend is not None and selected_backend.name == BACKEND_NAME:
+            return _CPU_BACKEND_PATH
+        return super().get_attn_backend_cls(  # type: ignore[misc,no-any-return]
+            selected_backend, attn_selector_config, *args, **kwargs
+        )
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """Refuse what DELTA cannot serve before any process starts, and choose DELTA's worker."""
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if not selects_delta(vllm_config):
+            return
+        check_config(vllm_config)
+        if vllm_config.parallel_config.worker_cls == _VLLM_WORKER:
+            vllm_config.parallel_config.worker_cls = _DELTA_WORKER
+
+
+_base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
+
+
+class DeltaCpuPlatform(DeltaPlatformMixin, _base):  # type: ignore[misc]
+    """The platform that vLLM would choose on this CPU, with DELTA."""
+
+
+def adopt_platform(platform: Any) -> None:
+    """Add DELTA to a CPU platform that vLLM chose without asking us.
+
+    That happens where another platform plugin is installed, where ``VLLM_TARGET_DEVICE=cpu`` keeps platform
+    plugins out, and where ``VLLM_PLUGINS`` names only some. The object stays the same, so whoever holds it
+    sees the change.
+    """
+    base = type(platform)
+    if issubclass(base, DeltaPlatformMixin):
+        return
+    platform.__class__ = type(f"Delta{base.__name__}", (DeltaPlatformMixin, base), {})
+    logger.info("DELTA is added to the active platform, %s", base.__name__)

@@ -1,0 +1,162 @@
+"""Which layer does what: full, selection or sparse. Pure policy, without vLLM.
+
+Layers that DELTA does not touch (sliding window, for one) have no role; the others are *eligible*. Layer
+indices are the model's own, so that they mean the same in the settings, the log and the model's files;
+`full_layers` counts eligible layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vllm_delta.config import DeltaConfig, DeltaConfigError
+
+
+class Role(StrEnum):
+    """What a layer does for a decode row."""
+
+    #: attends to all tokens
+    FULL = "full"
+    #: attends to all tokens and selects the pages for the sparse layers after it
+    SELECTION = "selection"
+    #: attends to the pages that the nearest earlier selection layer chose
+    SPARSE = "sparse"
+
+
+#: Selection layers that the paper tuned (arXiv 2510.09883), by (model type, layers, hidden size):
+#: DeepSeek-R1-Distill-Qwen-1.5B, 7B and 14B.
+PRESETS: dict[tuple[str, int, int], tuple[int, ...]] = {
+    ("qwen2", 28, 1536): (2, 14, 22),
+    ("qwen2", 28, 3584): (2, 14, 22),
+    ("qwen2", 48, 5120): (2, 6, 42),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The role of each eligible layer, by the layer's index."""
+
+    roles: dict[int, Role]
+    #: how the selection layers were found: "settings", "preset" or "rule"
+    source: str
+
+    def layers(self, role: Role) -> list[int]:
+        """Indices of the layers with this role, ascending."""
+        return sorted(layer for layer, its_role in self.roles.items() if its_role is role)
+
+    def for_rank(self, local_layers: Sequence[int]) -> Plan:
+        """The plan of a pipeline rank, which holds `local_layers` only.
+
+        Selection tables do not travel between ranks. A rank whose first layers are sparse would have none
+        to read, so its first eligible layer becomes a selection layer.
+        """
+        roles = {layer: self.roles[layer] for layer in sorted(local_layers) if layer in self.roles}
+        first = next(iter(roles), None)
+        if first is not None and roles[first] is Role.SPARSE:
+            roles[first] = Role.SELECTION
+        return Plan(roles, self.source)
+
+    def describe(self) -> str:
+        """One line: the layers of each role."""
+        parts = []
+        for role in Role:
+            layers = self.layers(role)
+            parts.append(f"{len(layers)} {role.value} {_ranges(layers)}".rstrip())
+        return ", ".join(parts) + f" (selection layers from {self.source})"
+
+
+def make_plan(
+    config: DeltaConfig,
+    eligible: Sequence[int],
+    num_layers: int,
+    model: tuple[str, int, int] | None = None,
+) -> Plan:
+    """Give each eligible layer its role.
+
+    Args:
+        config: the settings.
+        eligible: indices of the layers that DELTA may make sparse, ascending.
+        num_layers: layers of the model; only for messages and range checks.
+        model: model type, number of layers and hidden size, to find a preset.
+
+    Raises:
+        DeltaConfigError: selection layers that are out of range, not eligible, among the full layers, or
+            missing where sparse layers need one.
+    """
+    # The default suits models of one layer too; a number that somebody chose has to make sense.
+    if config.full_layers > max(num_layers, DeltaConfig.full_layers):
+        raise DeltaConfigError(
+            f"delta.full_layers must be at most the model's {num_layers} layers, "
+            f"not {config.full_layers}"
+        )
+    rest = list(eligible[config.full_layers :])
+    if config.selection_layers == "auto":
+        selection, source = _automatic_selection(config, eligible, model)
+    else:
+        selection, source = tuple(sorted(config.selection_layers)), "settings"
+        _check_selection(selection, eligible, rest, num_layers)
+    roles = dict.fromkeys(eligible, Role.FULL)
+    for layer in rest:
+        roles[layer] = Role.SELECTION if layer in selection else Role.SPARSE
+    return Plan(roles, source)
+
+
+def _automatic_selection(
+    config: DeltaConfig, eligible: Sequence[int], model: tuple[str, int, int] | None
+) -> tuple[tuple[int, ...], str]:
+    """The preset of a known model, else the first layer after the full ones, 1/2 and 4/5 of the depth.
+
+    A selection layer that has no sparse layer to serve costs its selection and yields nothing: the rule
+    leaves out one that directly follows another, and the last layer.
+    """
+    depth = len(eligible)
+    first = config.full_layers
+    if first >= depth:
+        return (), "rule"
+    preset = PRESETS.get(model) if model is not None else None
+    if preset is not None and depth == model[1]:  # type: ignore[index]
+        return (first, *(layer for layer in preset[1:] if layer > first)), "preset"
+    chosen = [first]
+    for candidate in (depth // 2, round(depth * 4 / 5)):
+        if chosen[-1] + 1 < candidate < depth - 1:
+            chosen.append(candidate)
+    return tuple(eligible[ordinal] for ordinal in chosen), "rule"
+
+
+def _check_selection(
+    selection: tuple[int, ...], eligible: Sequence[int], rest: Sequence[int], num_layers: int
+) -> None:
+    for layer in selection:
+        if not 0 <= layer < num_layers:
+            raise DeltaConfigError(
+                f"delta.selection_layers: {layer} is out of range; "
+                f"the model's layers are 0 to {num_layers - 1}"
+            )
+        if layer not in eligible:
+            raise DeltaConfigError(
+                f"delta.selection_layers: layer {layer} does not run full attention; "
+                f"accepted: {_ranges(rest)}"
+            )
+        if layer not in rest:
+            raise DeltaConfigError(
+                f"delta.selection_layers: layer {layer} is one of the first delta.full_layers "
+                f"layers, which select nothing; accepted: {_ranges(rest)}"
+            )
+    if rest and rest[0] not in selection:
+        raise DeltaConfigError(
+            f"delta.selection_layers must include layer {rest[0]}, the first one after the full "
+            f"layers: layer {rest[0]} would be sparse with no selection to read"
+        )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] + 1 == layer:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
