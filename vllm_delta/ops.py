@@ -99,7 +99,7 @@ def allocate_workspace(
     """Scratch memory for the functions below; one call at a time may use it.
 
     Its size in floats, with w = max(`max_length`, 32768) rounded up to 512, H query heads and head size D:
-    ``w * H + w / 512 * H * (D + 4) + 2 * w / page_size``. It does not grow with the number of rows, which
+    ``w / 512 * H * (528 + D + 4) + 3 * w / page_size``. It does not grow with the number of rows, which
     are processed in waves of at most w tokens.
 
     Returns:

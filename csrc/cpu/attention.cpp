@@ -11,11 +11,12 @@
 //   token score s[t] = max over h of e^(x[h, t] - m[h]) / L[h] = e^(max over h of (x - m[h] - log L[h]))
 //   page score = sum of s[t] over the page's tokens
 //
-// Rows are processed in waves that fit the workspace. In a wave, four steps, each spread over all threads:
+// Rows are processed in waves that fit the workspace. A wave has two loops, spread over all threads:
 //   1. chunks of 512 tokens x KV heads: logits, then the chunk's maximum, sum and unnormalised output;
-//   2. rows x heads: combine the chunks;
+//   2. whoever finishes the last chunk of a row and KV head combines the chunks of its query heads.
+// and where a selection is wanted
 //   3. chunks: page scores from the stored logits (K is read once, in step 1);
-//   4. rows: select the pages.
+//   4. whoever finishes the last chunk of a row selects its pages.
 // Chunks are cut at fixed places and combined in order, so the result for a row has the same bits in any
 // batch and with any number of threads.
 
@@ -50,9 +51,7 @@ struct Row {
   int64_t attended;       // upper bound: whole pages of the selection table, or length
   int64_t first_chunk;    // in the wave
   int64_t num_chunks;
-  int64_t logits_offset;  // in the workspace; rows without selection keep no logits
-  int64_t padded;         // stride between heads of its logits
-  int64_t scores_offset;
+  int64_t scores_offset;  // in the workspace
   bool selects;
 };
 
@@ -67,7 +66,6 @@ Row describe_row(const Problem& p, int64_t index) {
   row.length = p.row_lengths[index];
   row.attended = p.table_pages ? p.table_counts[index] * p.page_size : row.length;
   row.num_chunks = ceil_div(row.attended, kChunkTokens);
-  row.padded = ceil_div(row.length, kLanes) * kLanes;
   row.selects = p.selected_pages && (p.scores_out || row.length > p.budget_pages * p.page_size);
   return row;
 }
@@ -108,12 +106,11 @@ int64_t find_segments(const Problem& p, const Row& row, int64_t chunk, Segment* 
   return count;
 }
 
-// Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, stride], and the
+// Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride], and the
 // chunk's maximum, sum and output.
 template <typename T, typename Layout, int kHeads>
 void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int64_t num_segments,
-                  const float* query, float* logits, int64_t logits_stride, float* output,
-                  float* maxima, float* sums) {
+                  const float* query, float* logits, float* output, float* maxima, float* sums) {
   constexpr int kWide = kHeads <= 4 ? 4 : 2;
   const int64_t d = p.head_size;
 
@@ -125,19 +122,19 @@ void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int
     int64_t done = 0;
     for (; done + kWide * kLanes <= padded; done += kWide * kLanes) {
       Layout::template logits<kHeads, kWide>(block, p.block_size, d, segment.offset + done, query,
-                                             logits + position + done, logits_stride);
+                                             logits + position + done, kLogitsStride);
     }
     for (; done < padded; done += kLanes) {
       Layout::template logits<kHeads, 1>(block, p.block_size, d, segment.offset + done, query,
-                                         logits + position + done, logits_stride);
+                                         logits + position + done, kLogitsStride);
     }
     position += padded;
   }
 
   const int64_t padding = (kLanes - segments[num_segments - 1].count % kLanes) % kLanes;
-  alignas(64) float weights[kHeads * kChunkTokens];
+  alignas(64) float weights[kHeads * kLogitsStride];
   for (int g = 0; g < kHeads; ++g) {
-    float* const x = logits + g * logits_stride;
+    float* const x = logits + g * kLogitsStride;
     if (p.softcap != 0.0f) {
       for (int64_t t = 0; t < position; t += kLanes) {
         store16(x + t, hyperbolic_tangent(load16(x + t) / p.softcap) * p.softcap);
@@ -154,7 +151,7 @@ void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int
     f32x16 sum_lanes = broadcast(0.0f);
     for (int64_t t = 0; t < position; t += kLanes) {
       const f32x16 weight = exponential(load16(x + t) - maxima[g]);
-      store16(weights + g * kChunkTokens + t, weight);
+      store16(weights + g * kLogitsStride + t, weight);
       sum_lanes += weight;
     }
     sums[g] = reduce_add(sum_lanes);
@@ -171,11 +168,11 @@ void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int
       int64_t v = 0;
       for (; v + 2 <= d / kLanes; v += 2) {
         Layout::template accumulate<kHeads, 2>(block, p.block_size, d, segment.offset + done, count,
-                                               v, w, kChunkTokens, output);
+                                               v, w, kLogitsStride, output);
       }
       if (v < d / kLanes) {
         Layout::template accumulate<kHeads, 1>(block, p.block_size, d, segment.offset + done, count,
-                                               v, w, kChunkTokens, output);
+                                               v, w, kLogitsStride, output);
       }
     }
     position += ceil_div(segment.count, kLanes) * kLanes;
@@ -184,7 +181,7 @@ void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int
 
 template <typename T, typename Layout>
 using AttendChunk = void (*)(const Problem&, const T*, const Segment*, int64_t, const float*, float*,
-                             int64_t, float*, float*, float*);
+                             float*, float*, float*);
 
 // Step 1 for all query heads of one KV head.
 template <typename T, typename Layout>
@@ -194,7 +191,7 @@ void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_hea
       attend_chunk<T, Layout, 4>, attend_chunk<T, Layout, 5>, attend_chunk<T, Layout, 6>,
       attend_chunk<T, Layout, 7>, attend_chunk<T, Layout, 8>};
   alignas(64) float query[kMaxHeadGroup * kMaxHeadSize];
-  alignas(64) float scratch_logits[kMaxHeadGroup * kChunkTokens];
+  alignas(64) float scratch_logits[kMaxHeadGroup * kLogitsStride];
   Segment segments[kMaxSegments];
 
   const int64_t d = p.head_size;
@@ -215,13 +212,8 @@ void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_hea
       }
     }
     float* logits = scratch_logits;
-    int64_t logits_stride = kChunkTokens;
-    if (row.selects) {
-      logits = p.workspace.logits + row.logits_offset + first_head * row.padded +
-               chunk * kChunkTokens;
-      logits_stride = row.padded;
-    }
-    kByHeads[heads - 1](p, cache, segments, num_segments, query, logits, logits_stride,
+    if (row.selects) logits = p.workspace.logits + (slot + first_head) * kLogitsStride;
+    kByHeads[heads - 1](p, cache, segments, num_segments, query, logits,
                         p.workspace.partial_outputs + (slot + first_head) * d,
                         p.workspace.partial_maxima + slot + first_head,
                         p.workspace.partial_sums + slot + first_head);
@@ -261,91 +253,101 @@ void combine_chunks(const Problem& p, const Row& row, int64_t row_in_wave, int64
 // Step 3 for one chunk of a row.
 void score_chunk(const Problem& p, const Row& row, int64_t row_in_wave, int64_t chunk) {
   const Workspace& w = p.workspace;
-  const float* maxima = w.row_maxima + row_in_wave * p.num_heads;
-  const float* log_sums = w.row_log_sums + row_in_wave * p.num_heads;
-  const int64_t end = std::min(row.length, (chunk + 1) * kChunkTokens);
-  for (int64_t first = chunk * kChunkTokens; first < end; first += p.page_size) {
-    f32x16 page_lanes = broadcast(0.0f);
-    const int64_t page_end = std::min(row.length, first + p.page_size);
-    for (int64_t t = first; t < page_end; t += kLanes) {
-      f32x16 best = broadcast(kNegativeInfinity);
-      for (int64_t h = 0; h < p.num_heads; ++h) {
-        const f32x16 x = load16(w.logits + row.logits_offset + h * row.padded + t);
-        best = maximum(best, (x - maxima[h]) - log_sums[h]);
-      }
-      page_lanes += exponential(best);  // the padding's logits are -inf and add 0
+  const int64_t first = chunk * kChunkTokens;
+  const int64_t tokens = std::min(kChunkTokens, row.length - first);
+  alignas(64) float best[kChunkTokens];  // max over the heads of log p[h, t]
+  for (int64_t h = 0; h < p.num_heads; ++h) {
+    const float row_maximum = w.row_maxima[row_in_wave * p.num_heads + h];
+    const float log_sum = w.row_log_sums[row_in_wave * p.num_heads + h];
+    const float* x = w.logits + ((row.first_chunk + chunk) * p.num_heads + h) * kLogitsStride;
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      const f32x16 log_p = (load16(x + t) - row_maximum) - log_sum;
+      store16(best + t, h == 0 ? log_p : maximum(load16(best + t), log_p));
     }
-    w.page_scores[row.scores_offset + first / p.page_size] = reduce_add(page_lanes);
+  }
+  float* const scores = w.page_scores + row.scores_offset + first / p.page_size;
+  for (int64_t page = 0; page * p.page_size < tokens; ++page) {
+    f32x16 lanes = broadcast(0.0f);
+    const int64_t end = std::min(tokens, (page + 1) * p.page_size);
+    for (int64_t t = page * p.page_size; t < end; t += kLanes) {
+      lanes += exponential(load16(best + t));  // the padding's logits are -inf and add 0
+    }
+    scores[page] = reduce_add(lanes);
   }
 }
 
 // Step 4 for one row.
 void select_row(const Problem& p, const Row& row) {
   const int64_t num_pages = ceil_div(row.length, p.page_size);
-  float* const scores = p.workspace.page_scores + row.scores_offset;
-  if (row.selects) {
-    for (int64_t page = 0; page < num_pages; ++page) {
-      // Not a number compares with nothing; the selection needs an order.
-      if (!(scores[page] >= 0.0f)) scores[page] = 0.0f;
-    }
-    if (p.scores_out) {
-      std::memcpy(p.scores_out + row.index * p.scores_stride, scores, sizeof(float) * num_pages);
-    }
+  const float* const scores = p.workspace.page_scores + row.scores_offset;
+  if (p.scores_out) {
+    std::memcpy(p.scores_out + row.index * p.scores_stride, scores, sizeof(float) * num_pages);
   }
   p.selected_counts[row.index] =
       select_pages(scores, num_pages, p.budget_pages, p.recent_pages, p.sink_pages,
-                   p.workspace.page_order + row.scores_offset,
+                   p.workspace.page_keys + row.scores_offset,
                    p.selected_pages + row.index * p.selected_stride);
 }
 
+// True for the one thread that does the last of the parts that `pending` counts; it then sees what the
+// others have written.
+bool finishes(int32_t& pending) { return __atomic_sub_fetch(&pending, 1, __ATOMIC_ACQ_REL) == 0; }
+
 template <typename T, typename Layout>
 void run_problem(const Problem& p) {
+  const int64_t heads_per_kv_head = p.num_heads / p.num_kv_heads;
   std::vector<Row> rows;
   std::vector<WorkItem> items;
+  std::vector<int32_t> chunks_to_attend;  // [rows, num_kv_heads]
+  std::vector<int32_t> chunks_to_score;   // [rows]
   for (int64_t next = 0; next < p.num_rows;) {
     rows.clear();
     items.clear();
-    int64_t logits = 0, scores = 0, chunks = 0;
+    chunks_to_attend.clear();
+    chunks_to_score.clear();
+    int64_t scores = 0, chunks = 0;
     for (; next < p.num_rows; ++next) {
       Row row = describe_row(p, next);
       if ((chunks + row.num_chunks) * kChunkTokens > p.wave_tokens) break;
       row.first_chunk = chunks;
       chunks += row.num_chunks;
-      row.logits_offset = logits;
       row.scores_offset = scores;
       if (row.selects) {
-        logits += row.padded * p.num_heads;
         scores += ceil_div(row.length, p.page_size);
+      } else if (p.selected_pages) {
+        select_row(p, row);  // keeps all
       }
+      const int32_t count = static_cast<int32_t>(row.num_chunks);
+      chunks_to_attend.insert(chunks_to_attend.end(), p.num_kv_heads, count);
+      chunks_to_score.push_back(count);
       for (int64_t chunk = 0; chunk < row.num_chunks; ++chunk) {
         items.push_back({static_cast<int64_t>(rows.size()), chunk});
       }
       rows.push_back(row);
     }
-    const int64_t num_rows = static_cast<int64_t>(rows.size());
     const int64_t num_items = static_cast<int64_t>(items.size());
 
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < num_items * p.num_kv_heads; ++i) {
-        const WorkItem item = items[i / p.num_kv_heads];
-        attend_item<T, Layout>(p, rows[item.row], item.chunk, i % p.num_kv_heads);
-      }
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < num_rows * p.num_heads; ++i) {
-        combine_chunks<T>(p, rows[i / p.num_heads], i / p.num_heads, i % p.num_heads);
-      }
-      if (p.selected_pages) {
-        if (scores > 0) {
-#pragma omp for schedule(static)
-          for (int64_t i = 0; i < num_items; ++i) {
-            const WorkItem item = items[i];
-            if (rows[item.row].selects) score_chunk(p, rows[item.row], item.row, item.chunk);
+        const auto [row, chunk] = items[i / p.num_kv_heads];
+        const int64_t kv_head = i % p.num_kv_heads;
+        attend_item<T, Layout>(p, rows[row], chunk, kv_head);
+        if (finishes(chunks_to_attend[row * p.num_kv_heads + kv_head])) {
+          for (int64_t g = 0; g < heads_per_kv_head; ++g) {
+            combine_chunks<T>(p, rows[row], row, kv_head * heads_per_kv_head + g);
           }
         }
+      }
+      if (scores > 0) {
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_rows; ++i) select_row(p, rows[i]);
+        for (int64_t i = 0; i < num_items; ++i) {
+          const auto [row, chunk] = items[i];
+          if (!rows[row].selects) continue;
+          score_chunk(p, rows[row], row, chunk);
+          if (finishes(chunks_to_score[row])) select_row(p, rows[row]);
+        }
       }
     }
   }

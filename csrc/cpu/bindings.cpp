@@ -70,7 +70,7 @@ int64_t workspace_floats(int64_t wave_tokens, int64_t num_heads, int64_t head_si
                          int64_t page_size) {
   const int64_t chunks = wave_tokens / kChunkTokens;
   const int64_t pages = wave_tokens / page_size;
-  return chunks * num_heads * (head_size + 4) + wave_tokens * num_heads + 2 * pages;
+  return chunks * num_heads * (kLogitsStride + head_size + 4) + 3 * pages;
 }
 
 Workspace carve_workspace(float* memory, const Problem& p) {
@@ -82,14 +82,14 @@ Workspace carve_workspace(float* memory, const Problem& p) {
     memory += floats;
     return taken;
   };
-  w.logits = take(p.wave_tokens * p.num_heads);
+  w.page_keys = reinterpret_cast<uint64_t*>(take(2 * pages));
+  w.logits = take(chunks * p.num_heads * kLogitsStride);
   w.partial_outputs = take(chunks * p.num_heads * p.head_size);
   w.partial_maxima = take(chunks * p.num_heads);
   w.partial_sums = take(chunks * p.num_heads);
   w.row_maxima = take(chunks * p.num_heads);
   w.row_log_sums = take(chunks * p.num_heads);
   w.page_scores = take(pages);
-  w.page_order = reinterpret_cast<int32_t*>(take(pages));
   return w;
 }
 
@@ -282,9 +282,9 @@ int64_t select_pages_of(Tensor scores, int64_t budget_pages, int64_t recent_page
   STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && budget_pages >= 1 &&
                       recent_pages + sink_pages <= budget_pages,
                   "budget_pages must hold the recent and the sink pages");
-  std::vector<int32_t> order(scores.numel());
+  std::vector<uint64_t> keys(scores.numel());
   return select_pages(static_cast<const float*>(scores.const_data_ptr()), scores.numel(),
-                      budget_pages, recent_pages, sink_pages, order.data(),
+                      budget_pages, recent_pages, sink_pages, keys.data(),
                       static_cast<int32_t*>(pages.mutable_data_ptr()));
 }
 

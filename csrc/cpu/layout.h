@@ -10,6 +10,16 @@
 namespace vllm_delta {
 namespace DELTA_ISA {
 
+// How far ahead of their use keys and values are asked for, in rows of the block. A block's rows are read in
+// strides that the hardware does not foresee.
+constexpr int64_t kPrefetchRows = 16;
+
+template <int kVectors, typename T>
+DELTA_INLINE void prefetch(const T* row) {
+  constexpr int kPerCacheLine = 64 / (kLanes * sizeof(T));
+  for (int v = 0; v < kVectors; v += kPerCacheLine) __builtin_prefetch(row + v * kLanes);
+}
+
 // vLLM's "vec" and "vec16": K [head_size][block_size], V [block_size][head_size].
 template <typename T>
 struct TransposedLayout {
@@ -23,6 +33,7 @@ struct TransposedLayout {
     }
     const T* keys = block + first;
     for (int64_t d = 0; d < head_size; ++d, keys += block_size) {
+      prefetch<kVectors>(keys + kPrefetchRows * block_size);
       f32x16 key[kVectors];
       for (int v = 0; v < kVectors; ++v) key[v] = load16(keys + v * kLanes);
       for (int g = 0; g < kHeads; ++g) {
@@ -47,6 +58,7 @@ struct TransposedLayout {
     }
     const T* values = block + (block_size + first) * head_size + dim_vector * kLanes;
     for (int64_t t = 0; t < count; ++t, values += head_size) {
+      prefetch<kVectors>(values + kPrefetchRows * head_size);
       f32x16 value[kVectors];
       for (int v = 0; v < kVectors; ++v) value[v] = load16(values + v * kLanes);
       for (int g = 0; g < kHeads; ++g) {

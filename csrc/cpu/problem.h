@@ -11,6 +11,10 @@ namespace vllm_delta {
 // does not depend on the batch it is in, nor on the number of threads.
 constexpr int64_t kChunkTokens = 512;
 
+// Floats from one head's logits of a chunk to the next head's: a cache line more than the chunk, so that
+// the heads do not fall into the same sets of the cache.
+constexpr int64_t kLogitsStride = kChunkTokens + 16;
+
 // Tokens that one vector holds. Pages and KV blocks are multiples of it.
 constexpr int64_t kLanes = 16;
 
@@ -37,9 +41,9 @@ struct Workspace {
   float* partial_sums;        // [chunks, num_heads]
   float* row_maxima;          // [rows of a wave, num_heads]
   float* row_log_sums;        // [rows of a wave, num_heads]
-  float* logits;              // [tokens of a wave * num_heads]; row by row [num_heads, tokens]
-  float* page_scores;         // [tokens of a wave / page_size]
-  int32_t* page_order;        // as page_scores
+  float* logits;              // [chunks, num_heads, kLogitsStride]
+  float* page_scores;         // [pages of a wave]
+  uint64_t* page_keys;        // [pages of a wave]
 };
 
 // One call: decode rows of one layer. A row is one query token; it sees `row_lengths[i]` tokens.
@@ -96,9 +100,9 @@ namespace generic {
 void run(const Problem& problem);
 }
 
-// Page selection (select.cpp): design.md, "The method", steps 4 and 5. `scores` [num_pages],
-// `order` is scratch of the same size. Writes the kept pages in ascending order, returns their number.
+// Page selection (select.cpp). `scores` [num_pages] are not negative; NaN counts as 0. `keys` is scratch
+// of the same size. Writes the kept pages in ascending order and returns their number.
 int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_pages,
-                     int64_t recent_pages, int64_t sink_pages, int32_t* order, int32_t* pages);
+                     int64_t recent_pages, int64_t sink_pages, uint64_t* keys, int32_t* pages);
 
 }  // namespace vllm_delta

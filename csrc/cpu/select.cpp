@@ -2,43 +2,50 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 
 #include "problem.h"
 
 namespace vllm_delta {
 
+namespace {
+
+// A page's rank as one number, larger is better: the higher score first, ties to the lower index. The
+// bits of floats that are not negative are in the order of their values.
+uint64_t page_key(float score, int64_t page) {
+  const float rank = score > 0.0f ? score : 0.0f;  // also for -0 and NaN
+  uint32_t bits;
+  std::memcpy(&bits, &rank, sizeof(bits));
+  return static_cast<uint64_t>(bits) << 32 | (UINT32_MAX - static_cast<uint32_t>(page));
+}
+
+}  // namespace
+
 int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_pages,
-                     int64_t recent_pages, int64_t sink_pages, int32_t* order, int32_t* pages) {
+                     int64_t recent_pages, int64_t sink_pages, uint64_t* keys, int32_t* pages) {
   int32_t count = 0;
+  const auto keep = [&](int64_t first, int64_t end) {
+    for (int64_t page = first; page < end; ++page) pages[count++] = static_cast<int32_t>(page);
+  };
   if (num_pages <= budget_pages) {
-    for (int32_t page = 0; page < num_pages; ++page) pages[count++] = page;
+    keep(0, num_pages);
     return count;
   }
   // num_pages > budget_pages >= recent_pages + sink_pages, so that the two ends do not overlap.
-  const int64_t first = sink_pages;
   const int64_t last = num_pages - recent_pages;
   const int64_t wanted = budget_pages - recent_pages - sink_pages;
-
-  // A total order, so that the outcome does not depend on the algorithm: the higher score first, ties
-  // to the lower index.
-  const auto better = [scores](int32_t a, int32_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-  };
-  for (int64_t page = 0; page < first; ++page) pages[count++] = static_cast<int32_t>(page);
+  keep(0, sink_pages);
   if (wanted > 0) {
-    int32_t* const end = order + (last - first);
-    for (int64_t page = first; page < last; ++page) {
-      order[page - first] = static_cast<int32_t>(page);
-    }
-    int32_t* const worst_kept = order + wanted - 1;
-    std::nth_element(order, worst_kept, end, better);
-    for (int64_t page = first; page < last; ++page) {
-      if (!better(*worst_kept, static_cast<int32_t>(page))) {
-        pages[count++] = static_cast<int32_t>(page);
-      }
+    for (int64_t page = sink_pages; page < last; ++page) keys[page] = page_key(scores[page], page);
+    uint64_t* const worst_kept = keys + sink_pages + wanted - 1;
+    std::nth_element(keys + sink_pages, worst_kept, keys + last, std::greater<uint64_t>());
+    const uint64_t threshold = *worst_kept;
+    for (int64_t page = sink_pages; page < last; ++page) {
+      if (page_key(scores[page], page) >= threshold) pages[count++] = static_cast<int32_t>(page);
     }
   }
-  for (int64_t page = last; page < num_pages; ++page) pages[count++] = static_cast<int32_t>(page);
+  keep(last, num_pages);
   return count;
 }
 

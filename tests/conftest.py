@@ -1,0 +1,48 @@
+"""Shared by all tests."""
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+
+# Operations on tiny models are too small for two threads, which mostly wait for each other.
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A model of eight layers in float32, for whatever does not depend on the architecture."""
+    from demo_model import build_demo_model
+
+    return build_demo_model(
+        tmp_path_factory.mktemp("models") / "tiny",
+        num_layers=8,
+        hidden_size=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        num_merges=300,
+    )
+
+
+def in_fresh_process(function, *args, **env):
+    """What the function returns in a process of its own, with these environment variables from the start.
+
+    vLLM decides on platform and plugins once per process, and starts one engine per process.
+    """
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **env}
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), initializer=_set_environment, initargs=(environment,)
+    ) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _set_environment(environment):
+    os.environ.update(environment)

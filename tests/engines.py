@@ -1,0 +1,88 @@
+"""Engines for tests: `LLM` with a tiny model, and what is asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_delta import counters
+
+# Before vLLM is imported: a gibibyte of cache, and no look-ups on a model hub.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens, and the log-probabilities of the likeliest ones at each step."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+class Engine:
+    """An offline vLLM engine."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None
+    ) -> list[Answer]:
+        """Greedy continuations of token prompts, as one batch."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
+        )
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [
+            result.outputs[0] for result in self.llm.generate(requests, sampling, use_tqdm=False)
+        ]
+        return [
+            Answer(
+                tokens=list(output.token_ids),
+                logprobs=[
+                    {token: entry.logprob for token, entry in step.items()}
+                    for step in output.logprobs or []
+                ],
+            )
+            for output in outputs
+        ]
+
+    def counters(self) -> dict[str, Any]:
+        """DELTA's counters, summed over workers."""
+        return counters.total(self.llm.collective_rpc("delta_counters"))
+
+    def metric(self, name: str) -> float:
+        """The value of one of vLLM's own counters."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+
+
+@contextlib.contextmanager
+def start_engine(
+    model: Path, backend: str, delta: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Engine]:
+    """Start an engine in float32, and stop it again."""
+    from vllm import LLM
+
+    options = {
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        "attention_backend": backend,
+        "additional_config": {} if delta is None else {"delta": delta},
+        **options,
+    }
+    llm = LLM(str(model), **options)
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
