@@ -24,7 +24,15 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-march=x86-64-v3"]
     INSTRUCTION_SETS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 
 
 def torch_folder() -> Path:
@@ -50,9 +58,11 @@ class BuildKernels(build_ext):
     """Compiles csrc/cpu with the flags that each source and instruction set needs."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"{fullname.replace('.', '/')}.so"  # loaded by torch.ops.load_library, not imported
+        """A plain name: the library is loaded by torch.ops.load_library, not imported."""
+        return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile each source, once or once per instruction set, and link them."""
         torch = torch_folder()
         include_dirs = [str(torch / "include"), "csrc/cpu"]
         macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
@@ -87,6 +97,7 @@ class PlatformWheel(bdist_wheel):
     """The library does not depend on Python's version, only on the platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Any Python 3 on this platform."""
         return "py3", "none", super().get_tag()[2]
 
 

@@ -41,15 +41,12 @@ class Engine:
             max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
         )
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [
-            result.outputs[0] for result in self.llm.generate(requests, sampling, use_tqdm=False)
-        ]
+        outputs = [result.outputs[0] for result in self.llm.generate(requests, sampling, use_tqdm=False)]
         return [
             Answer(
                 tokens=list(output.token_ids),
                 logprobs=[
-                    {token: entry.logprob for token, entry in step.items()}
-                    for step in output.logprobs or []
+                    {token: entry.logprob for token, entry in step.items()} for step in output.logprobs or []
                 ],
             )
             for output in outputs

@@ -28,9 +28,7 @@ def pack(keys, values, slots, num_blocks, block_size, layout):
     num_kv_heads, head_size = keys.shape[1:]
     cache = torch.full((num_blocks, num_kv_heads, block_size, 2 * head_size), NAN, dtype=keys.dtype)
     key_cache, value_cache = cache.view(num_blocks, num_kv_heads, 2 * block_size, head_size).chunk(2, 2)
-    vllm_ops.cpu_attn_reshape_and_cache(
-        keys, values, key_cache, value_cache, slots, layout, 1.0, 1.0, "auto"
-    )
+    vllm_ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, layout, 1.0, 1.0, "auto")
     return cache
 
 
@@ -197,9 +195,7 @@ def test_budgets(budget_pages, recent_pages, sink_pages):
 def test_softcap_and_sinks(softcap, has_sinks, instruction_level):
     torch.manual_seed(2)
     sinks = torch.randn(8) if has_sinks else None
-    batch = Batch.random(
-        LENGTHS, 8, 2, 64, 128, "vec", torch.float32, softcap=softcap, sinks=sinks
-    )
+    batch = Batch.random(LENGTHS, 8, 2, 64, 128, "vec", torch.float32, softcap=softcap, sinks=sinks)
     check_batch(batch, 16, budget_pages=6, recent_pages=2, sink_pages=1)
 
 

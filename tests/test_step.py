@@ -19,9 +19,7 @@ def split(requests):
 
 def rows_of(step):
     rows = step.rows
-    return list(
-        zip(rows.tokens.tolist(), rows.requests.tolist(), rows.lengths.tolist(), strict=True)
-    )
+    return list(zip(rows.tokens.tolist(), rows.requests.tolist(), rows.lengths.tolist(), strict=True))
 
 
 def test_decode_only():
@@ -69,11 +67,7 @@ def test_padding_requests_are_left_out():
     assert rows_of(step) == [(0, 0, 5)]
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 6), st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=6
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=6))
 def test_every_token_goes_to_one_side(requests):
     requests = [(query, query + computed, prompt) for query, computed, prompt in requests]
     step = split(requests)

@@ -46,16 +46,13 @@ class DeltaConfig:
         ):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
-                raise DeltaConfigError(
-                    f"delta.{name} must be an integer of at least {least}, not {value!r}"
-                )
+                raise DeltaConfigError(f"delta.{name} must be an integer of at least {least}, not {value!r}")
         self._check_selection_layers()
         for name in ("budget_tokens", "recent_tokens", "sink_tokens"):
             value = getattr(self, name)
             if value % self.page_size:
                 raise DeltaConfigError(
-                    f"delta.{name} must be a multiple of delta.page_size ({self.page_size}), "
-                    f"not {value}"
+                    f"delta.{name} must be a multiple of delta.page_size ({self.page_size}), not {value}"
                 )
         if self.budget_tokens < self.recent_tokens + self.sink_tokens:
             raise DeltaConfigError(
@@ -73,9 +70,7 @@ class DeltaConfig:
                 f'delta.selection_layers must be "auto" or a list of layer indices, not {layers!r}'
             )
         if len(set(layers)) != len(layers):
-            raise DeltaConfigError(
-                f"delta.selection_layers must name each layer once, not {list(layers)}"
-            )
+            raise DeltaConfigError(f"delta.selection_layers must name each layer once, not {list(layers)}")
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> DeltaConfig:

@@ -22,7 +22,7 @@ _COLUMNS = ("rows", "attended_tokens", "context_tokens")
 
 
 class Counters:
-    """The counts of one worker, since it started. With tensor parallelism every rank counts the same tokens."""
+    """The counts of one worker since it started; tensor parallel ranks all count the same tokens."""
 
     def __init__(self) -> None:
         self._by_role = {role: torch.zeros(len(_COLUMNS), dtype=torch.int64) for role in Role}

@@ -38,7 +38,7 @@ def load_library() -> None:
     path = Path(__file__).with_name("_cpu.so")
     if not path.exists():
         raise RuntimeError(f"{path} is missing: DELTA's CPU kernels were not built")
-    torch.ops.load_library(str(path))
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,7 @@ def make_plan(
     # The default suits models of one layer too; a number that somebody chose has to make sense.
     if config.full_layers > max(num_layers, DeltaConfig.full_layers):
         raise DeltaConfigError(
-            f"delta.full_layers must be at most the model's {num_layers} layers, "
-            f"not {config.full_layers}"
+            f"delta.full_layers must be at most the model's {num_layers} layers, not {config.full_layers}"
         )
     rest = list(eligible[config.full_layers :])
     if config.selection_layers == "auto":

@@ -1,6 +1,7 @@
 // Decode attention over a paged KV cache, for full, selection and sparse layers.
 //
-// For one row (a query token that sees n tokens) and query head h, over the tokens t that it attends to:
+// For one row (a query token that sees n tokens) and query head h, over the tokens t that it
+// attends to:
 //
 //   x[h, t] = softcap(q[h] . k[t] * scale)         softcap(x) = c tanh(x / c), or x where c = 0
 //   m[h] = max x[h, t],  L[h] = sum e^(x[h, t] - m[h]) (+ e^(sink[h] - m[h]))
@@ -8,17 +9,19 @@
 //
 // and in a selection layer (DELTA, arXiv 2510.09883; max over all query heads, sum over the page):
 //
-//   token score s[t] = max over h of e^(x[h, t] - m[h]) / L[h] = e^(max over h of (x - m[h] - log L[h]))
-//   page score = sum of s[t] over the page's tokens
+//   token score s[t] = max over h of e^(x[h, t] - m[h]) / L[h] = e^(max over h of (x - m[h] - log
+//   L[h])) page score = sum of s[t] over the page's tokens
 //
-// Rows are processed in waves that fit the workspace. A wave has two loops, spread over all threads:
-//   1. chunks of 512 tokens x KV heads: logits, then the chunk's maximum, sum and unnormalised output;
+// Rows are processed in waves that fit the workspace. A wave has two loops, spread over all
+// threads:
+//   1. chunks of 512 tokens x KV heads: logits, then the chunk's maximum, sum and unnormalised
+//   output;
 //   2. whoever finishes the last chunk of a row and KV head combines the chunks of its query heads.
 // and where a selection is wanted
 //   3. chunks: page scores from the stored logits (K is read once, in step 1);
 //   4. whoever finishes the last chunk of a row selects its pages.
-// Chunks are cut at fixed places and combined in order, so the result for a row has the same bits in any
-// batch and with any number of threads.
+// Chunks are cut at fixed places and combined in order, so the result for a row has the same bits
+// in any batch and with any number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -47,9 +50,9 @@ constexpr int64_t kMaxSegments = kChunkTokens / kLanes;
 // What one row attends to, in units that the waves count in.
 struct Row {
   int64_t index;
-  int64_t length;         // tokens that it sees
-  int64_t attended;       // upper bound: whole pages of the selection table, or length
-  int64_t first_chunk;    // in the wave
+  int64_t length;       // tokens that it sees
+  int64_t attended;     // upper bound: whole pages of the selection table, or length
+  int64_t first_chunk;  // in the wave
   int64_t num_chunks;
   int64_t scores_offset;  // in the workspace
   bool selects;
@@ -106,8 +109,8 @@ int64_t find_segments(const Problem& p, const Row& row, int64_t chunk, Segment* 
   return count;
 }
 
-// Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride], and the
-// chunk's maximum, sum and output.
+// Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride], and
+// the chunk's maximum, sum and output.
 template <typename T, typename Layout, int kHeads>
 void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int64_t num_segments,
                   const float* query, float* logits, float* output, float* maxima, float* sums) {
@@ -180,8 +183,8 @@ void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int
 }
 
 template <typename T, typename Layout>
-using AttendChunk = void (*)(const Problem&, const T*, const Segment*, int64_t, const float*, float*,
-                             float*, float*, float*);
+using AttendChunk = void (*)(const Problem&, const T*, const Segment*, int64_t, const float*,
+                             float*, float*, float*, float*);
 
 // Step 1 for all query heads of one KV head.
 template <typename T, typename Layout>
@@ -283,14 +286,13 @@ void select_row(const Problem& p, const Row& row) {
   if (p.scores_out) {
     std::memcpy(p.scores_out + row.index * p.scores_stride, scores, sizeof(float) * num_pages);
   }
-  p.selected_counts[row.index] =
-      select_pages(scores, num_pages, p.budget_pages, p.recent_pages, p.sink_pages,
-                   p.workspace.page_keys + row.scores_offset,
-                   p.selected_pages + row.index * p.selected_stride);
+  p.selected_counts[row.index] = select_pages(
+      scores, num_pages, p.budget_pages, p.recent_pages, p.sink_pages,
+      p.workspace.page_keys + row.scores_offset, p.selected_pages + row.index * p.selected_stride);
 }
 
-// True for the one thread that does the last of the parts that `pending` counts; it then sees what the
-// others have written.
+// True for the one thread that does the last of the parts that `pending` counts; it then sees what
+// the others have written.
 bool finishes(int32_t& pending) { return __atomic_sub_fetch(&pending, 1, __ATOMIC_ACQ_REL) == 0; }
 
 template <typename T, typename Layout>

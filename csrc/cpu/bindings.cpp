@@ -1,6 +1,7 @@
-// The operators `torch.ops.vllm_delta.*`, on PyTorch's stable ABI: this library uses no C++ symbol of
-// torch, so one build serves every torch from 2.11 on. Shapes are documented in vllm_delta/ops.py, which
-// also checks them; here is checked what would otherwise read or write outside of a tensor.
+// The operators `torch.ops.vllm_delta.*`, on PyTorch's stable ABI: this library uses no C++ symbol
+// of torch, so one build serves every torch from 2.11 on. Shapes are documented in
+// vllm_delta/ops.py, which also checks them; here is checked what would otherwise read or write
+// outside of a tensor.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -26,8 +27,8 @@ Kernel find_kernel(int64_t level) {
   static const bool has_avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("f16c");
   if (level >= 2 && has_avx512) return avx512::run;
   if (level >= 1 && has_avx2) return avx2::run;
 #endif
@@ -107,9 +108,9 @@ void check_rows(const Problem& p, int64_t num_tokens, int64_t num_requests, int6
                       ": its selection table is empty or too long");
       // Ascending, so the last page bounds them all.
       const int32_t last = p.table_pages[i * p.table_stride + p.table_counts[i] - 1];
-      STD_TORCH_CHECK(p.table_pages[i * p.table_stride] >= 0 &&
-                          last * p.page_size < p.row_lengths[i],
-                      "row ", i, ": its selection table names a page outside of the sequence");
+      STD_TORCH_CHECK(
+          p.table_pages[i * p.table_stride] >= 0 && last * p.page_size < p.row_lengths[i], "row ",
+          i, ": its selection table names a page outside of the sequence");
     }
   }
 }
@@ -123,9 +124,9 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   p.layout = static_cast<KVLayout>(layout);
   STD_TORCH_CHECK(query.dim() == 3 && output.dim() == 3 && kv_cache.dim() == 4,
                   "query and output have 3 dimensions, kv_cache 4");
-  STD_TORCH_CHECK(kv_cache.scalar_type() == query.scalar_type() &&
-                      output.scalar_type() == query.scalar_type(),
-                  "query, kv_cache and output must have the same dtype");
+  STD_TORCH_CHECK(
+      kv_cache.scalar_type() == query.scalar_type() && output.scalar_type() == query.scalar_type(),
+      "query, kv_cache and output must have the same dtype");
   p.num_heads = query.size(1);
   p.head_size = query.size(2);
   p.num_kv_heads = kv_cache.size(1);
@@ -134,7 +135,8 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
                       kv_cache.stride(2) == 2 * p.head_size,
                   "kv_cache must be [blocks, num_kv_heads, block_size, 2 * head_size] with "
                   "contiguous blocks");
-  STD_TORCH_CHECK(p.num_heads % p.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads");
+  STD_TORCH_CHECK(p.num_heads % p.num_kv_heads == 0,
+                  "num_heads must be a multiple of num_kv_heads");
   STD_TORCH_CHECK(p.head_size % kLanes == 0 && p.head_size <= kMaxHeadSize,
                   "head_size must be a multiple of 16 up to ", kMaxHeadSize);
   STD_TORCH_CHECK(p.block_size % kLanes == 0 && page_size % kLanes == 0 &&
@@ -176,15 +178,15 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   p.page_size = page_size;
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.is_contiguous(),
                   "workspace must be a contiguous float32 tensor");
-  p.wave_tokens =
-      workspace.numel() / workspace_floats(kChunkTokens, p.num_heads, p.head_size, page_size) *
-      kChunkTokens;
+  p.wave_tokens = workspace.numel() /
+                  workspace_floats(kChunkTokens, p.num_heads, p.head_size, page_size) *
+                  kChunkTokens;
   p.workspace = carve_workspace(static_cast<float*>(workspace.mutable_data_ptr()), p);
   return p;
 }
 
-// counters: int64 [3], rows, attended tokens, context tokens. Written here, by the code that has just
-// attended to them.
+// counters: int64 [3], rows, attended tokens, context tokens. Written here, by the code that has
+// just attended to them.
 void run_and_count(const Problem& p, const Tensor& counters) {
   STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3 &&
                       counters.is_contiguous(),
@@ -260,9 +262,9 @@ void sparse_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor 
                       Tensor page_counts, Tensor workspace, Tensor counters, Tensor output) {
   Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, layout,
                        scale, softcap, sinks, page_size, workspace, output);
-  STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows &&
-                      page_counts.numel() >= p.num_rows,
-                  "pages must be [rows, budget_pages] and page_counts [rows]");
+  STD_TORCH_CHECK(
+      pages.dim() == 2 && pages.size(0) >= p.num_rows && page_counts.numel() >= p.num_rows,
+      "pages must be [rows, budget_pages] and page_counts [rows]");
   p.table_pages = int32_data(pages, "pages");
   p.table_counts = int32_data(page_counts, "page_counts");
   p.table_stride = pages.stride(0);
@@ -270,8 +272,8 @@ void sparse_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor 
   run_and_count(p, counters);
 }
 
-// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [budget_pages]; returns
-// the number of pages kept.
+// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [budget_pages];
+// returns the number of pages kept.
 int64_t select_pages_of(Tensor scores, int64_t budget_pages, int64_t recent_pages,
                         int64_t sink_pages, Tensor pages) {
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
@@ -291,7 +293,7 @@ int64_t select_pages_of(Tensor scores, int64_t budget_pages, int64_t recent_page
 }  // namespace
 }  // namespace vllm_delta
 
-#define DELTA_ROWS                                                                          \
+#define DELTA_ROWS                                                                              \
   "Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens, Tensor row_requests, " \
   "Tensor row_lengths, int layout, float scale, float softcap, Tensor? sinks, "
 

@@ -1,8 +1,8 @@
 // Reading keys and values of one KV block and head, by layout.
 //
-// Both layouts offer the same two loops over a run of tokens inside one block, and both add up in the
-// same order (over head dimensions for a logit, over tokens for an output), so that a token's logit
-// has the same bits wherever the token lies.
+// Both layouts offer the same two loops over a run of tokens inside one block, and both add up in
+// the same order (over head dimensions for a logit, over tokens for an output), so that a token's
+// logit has the same bits wherever the token lies.
 #pragma once
 
 #include "simd.h"
@@ -10,8 +10,8 @@
 namespace vllm_delta {
 namespace DELTA_ISA {
 
-// How far ahead of their use keys and values are asked for, in rows of the block. A block's rows are read in
-// strides that the hardware does not foresee.
+// How far ahead of their use keys and values are asked for, in rows of the block. A block's rows
+// are read in strides that the hardware does not foresee.
 constexpr int64_t kPrefetchRows = 16;
 
 template <int kVectors, typename T>
@@ -46,7 +46,8 @@ struct TransposedLayout {
     }
   }
 
-  // out[g][16*dim_vector ..) += sum over `count` tokens of weights[g][t] * V[first + t][16*dim_vector ..)
+  // out[g][16*dim_vector ..) += sum over `count` tokens of weights[g][t] * V[first +
+  // t][16*dim_vector ..)
   template <int kHeads, int kVectors>
   static void accumulate(const T* block, int64_t block_size, int64_t head_size, int64_t first,
                          int64_t count, int64_t dim_vector, const float* weights,
@@ -72,7 +73,8 @@ struct TransposedLayout {
   }
 };
 
-// vLLM's "amx": K [block_size/16][head_size/2][16 tokens][2], V [head_size/16][block_size/2][16][2 tokens].
+// vLLM's "amx": K [block_size/16][head_size/2][16 tokens][2], V [head_size/16][block_size/2][16][2
+// tokens].
 template <typename T>
 struct AmxLayout {
   template <int kHeads, int kVectors>

@@ -7,12 +7,12 @@
 
 namespace vllm_delta {
 
-// Tokens of one work item. Fixed, so that a sequence is always cut at the same places and its result
-// does not depend on the batch it is in, nor on the number of threads.
+// Tokens of one work item. Fixed, so that a sequence is always cut at the same places and its
+// result does not depend on the batch it is in, nor on the number of threads.
 constexpr int64_t kChunkTokens = 512;
 
-// Floats from one head's logits of a chunk to the next head's: a cache line more than the chunk, so that
-// the heads do not fall into the same sets of the cache.
+// Floats from one head's logits of a chunk to the next head's: a cache line more than the chunk, so
+// that the heads do not fall into the same sets of the cache.
 constexpr int64_t kLogitsStride = kChunkTokens + 16;
 
 // Tokens that one vector holds. Pages and KV blocks are multiples of it.
@@ -30,20 +30,21 @@ enum class ElementType { kFloat32, kBFloat16, kFloat16 };
 enum class KVLayout {
   // "vec", "vec16": K [head_size][block_size], V [block_size][head_size]
   kTransposed,
-  // "amx": K [block_size/16][head_size/2][16 tokens][2], V [head_size/16][block_size/2][16][2 tokens]
+  // "amx": K [block_size/16][head_size/2][16 tokens][2], V [head_size/16][block_size/2][16][2
+  // tokens]
   kAmx,
 };
 
 // Scratch memory of one call, carved out of one buffer by `carve_workspace` (attention.cpp).
 struct Workspace {
-  float* partial_outputs;     // [chunks, num_heads, head_size], not normalised
-  float* partial_maxima;      // [chunks, num_heads]
-  float* partial_sums;        // [chunks, num_heads]
-  float* row_maxima;          // [rows of a wave, num_heads]
-  float* row_log_sums;        // [rows of a wave, num_heads]
-  float* logits;              // [chunks, num_heads, kLogitsStride]
-  float* page_scores;         // [pages of a wave]
-  uint64_t* page_keys;        // [pages of a wave]
+  float* partial_outputs;  // [chunks, num_heads, head_size], not normalised
+  float* partial_maxima;   // [chunks, num_heads]
+  float* partial_sums;     // [chunks, num_heads]
+  float* row_maxima;       // [rows of a wave, num_heads]
+  float* row_log_sums;     // [rows of a wave, num_heads]
+  float* logits;           // [chunks, num_heads, kLogitsStride]
+  float* page_scores;      // [pages of a wave]
+  uint64_t* page_keys;     // [pages of a wave]
 };
 
 // One call: decode rows of one layer. A row is one query token; it sees `row_lengths[i]` tokens.
@@ -65,8 +66,9 @@ struct Problem {
   const int32_t *row_tokens, *row_requests, *row_lengths;  // [num_rows]
 
   float scale;
-  float softcap;       // 0: none
-  const float* sinks;  // [num_heads] or null: a logit that takes part in the softmax and has no value
+  float softcap;  // 0: none
+  const float*
+      sinks;  // [num_heads] or null: a logit that takes part in the softmax and has no value
 
   int64_t page_size;
 
@@ -100,8 +102,8 @@ namespace generic {
 void run(const Problem& problem);
 }
 
-// Page selection (select.cpp). `scores` [num_pages] are not negative; NaN counts as 0. `keys` is scratch
-// of the same size. Writes the kept pages in ascending order and returns their number.
+// Page selection (select.cpp). `scores` [num_pages] are not negative; NaN counts as 0. `keys` is
+// scratch of the same size. Writes the kept pages in ascending order and returns their number.
 int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_pages,
                      int64_t recent_pages, int64_t sink_pages, uint64_t* keys, int32_t* pages);
 

@@ -11,8 +11,8 @@ namespace vllm_delta {
 
 namespace {
 
-// A page's rank as one number, larger is better: the higher score first, ties to the lower index. The
-// bits of floats that are not negative are in the order of their values.
+// A page's rank as one number, larger is better: the higher score first, ties to the lower index.
+// The bits of floats that are not negative are in the order of their values.
 uint64_t page_key(float score, int64_t page) {
   const float rank = score > 0.0f ? score : 0.0f;  // also for -0 and NaN
   uint32_t bits;

@@ -65,8 +65,8 @@ DELTA_INLINE f32x16 f16_to_f32(u16x16 bits) {
   std::memcpy((char*)&out + 32, &high, 32);
   return out;
 #else
-  // Exponent re-biased by a multiplication, which also handles subnormal numbers; infinities and NaN
-  // (exponent 31) get the exponent 255.
+  // Exponent re-biased by a multiplication, which also handles subnormal numbers; infinities and
+  // NaN (exponent 31) get the exponent 255.
   const u32x16 wide = __builtin_convertvector(bits, u32x16);
   const u32x16 magnitude = (wide & 0x7fff) << 13;
   const f32x16 scaled = as_float(magnitude) * as_float(u32x16{} + (254u - 15u) * (1u << 23));
@@ -77,9 +77,7 @@ DELTA_INLINE f32x16 f16_to_f32(u16x16 bits) {
 }
 
 DELTA_INLINE f32x16 load16(const float* source) { return load_raw<f32x16>(source); }
-DELTA_INLINE f32x16 load16(const BFloat16* source) {
-  return bf16_to_f32(load_raw<u16x16>(source));
-}
+DELTA_INLINE f32x16 load16(const BFloat16* source) { return bf16_to_f32(load_raw<u16x16>(source)); }
 DELTA_INLINE f32x16 load16(const Float16* source) { return f16_to_f32(load_raw<u16x16>(source)); }
 
 DELTA_INLINE void store16(float* target, f32x16 value) { std::memcpy(target, &value, 64); }
@@ -145,7 +143,8 @@ DELTA_INLINE void from_float(float x, Float16& out) {
 
 DELTA_INLINE f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
-// Fixed trees: the order of the additions does not depend on where in a sequence the lanes come from.
+// Fixed trees: the order of the additions does not depend on where in a sequence the lanes come
+// from.
 DELTA_INLINE float reduce_add(f32x16 x) {
   float lanes[16];
   std::memcpy(lanes, &x, 64);
@@ -158,7 +157,8 @@ DELTA_INLINE float reduce_max(f32x16 x) {
   float lanes[16];
   std::memcpy(lanes, &x, 64);
   for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    for (int i = 0; i < width; ++i)
+      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   }
   return lanes[0];
 }
@@ -185,7 +185,8 @@ DELTA_INLINE f32x16 exponential(f32x16 x) {
   return x < floor_value ? broadcast(0.0f) : defined;
 }
 
-// tanh x: a Taylor polynomial near 0, where the quotient would cancel, else (e^2x - 1) / (e^2x + 1).
+// tanh x: a Taylor polynomial near 0, where the quotient would cancel, else (e^2x - 1) / (e^2x +
+// 1).
 DELTA_INLINE f32x16 hyperbolic_tangent(f32x16 x) {
   const f32x16 limit = broadcast(10.0f);
   f32x16 bounded = x > limit ? limit : x;

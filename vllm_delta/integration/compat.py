@@ -1,15 +1,15 @@
-"""The vLLM versions that DELTA supports, and what differs between them.
+"""The vLLM versions that DELTA supports, and what to check when vLLM moves.
 
 When vLLM moves, check in its source:
 
-- ``v1/attention/backends/registry.py``: `register_backend` still adds members to `AttentionBackendEnum`, and
-  enum members still pickle by value (`plugin.register` cures that).
+- ``v1/attention/backends/registry.py``: `register_backend` still adds members to `AttentionBackendEnum`,
+  and these still pickle by value (`plugin.register_backend` cures that).
 - ``v1/attention/backends/cpu_attn.py``: the signatures of `CPUAttentionBackendImpl.forward` and
   `CPUAttentionMetadataBuilder.build`, the fields of `CPUAttentionMetadata`, and `_get_attn_isa`: a new name
   there means a cache layout that the kernels do not know.
-- ``v1/attention/backend.py``: the fields of `CommonAttentionMetadata` that `cpu.DeltaCPUMetadataBuilder` reads.
+- ``v1/attention/backend.py``: the fields of `CommonAttentionMetadata` that `cpu.py` reads and replaces.
 - ``platforms/cpu.py``: `get_attn_backend_cls`, `check_and_update_config`, and the name of the worker class.
-- ``v1/worker/gpu_model_runner.py``: `input_batch.num_prompt_tokens_cpu_tensor`, in the order of the batch.
+- ``v1/worker/gpu_model_runner.py``: `input_batch.num_prompt_tokens_cpu_tensor`, in the batch's order.
 - new options that change what attention means: `validation.py` refuses those that DELTA does not serve.
 
 Then run the whole test suite, add the version below, and say so in the changelog.

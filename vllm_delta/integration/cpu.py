@@ -1,7 +1,7 @@
 """DELTA on the CPU: an attention backend on the classes of vLLM's CPU_ATTN.
 
-Prefill tokens, and layers that DELTA does not make sparse, go to CPU_ATTN as they are. Decode rows of the other
-layers go to DELTA's kernels, by the layer's role.
+Prefill tokens, and layers that DELTA does not make sparse, go to CPU_ATTN as they are. Decode rows of the
+other layers go to DELTA's kernels, by the layer's role.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DeltaCPUBackend(CPUAttentionBackend):  # type: ignore[misc]
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoder attention only."""
-        return attn_type == AttentionType.DECODER
+        return bool(attn_type == AttentionType.DECODER)
 
 
 @dataclass
@@ -178,17 +178,20 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         """Compute the layer's attention into `output`; arguments and shapes as in CPU_ATTN."""
         dense = super().forward
         if attn_metadata is None or self.delta is None:  # profiling run, before the builder exists
-            return dense(layer, query, key, value, kv_cache, attn_metadata, output)
+            dense(layer, query, key, value, kv_cache, attn_metadata, output)
+            return output
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported by DELTA")
         state, rows = self.delta, attn_metadata.rows
         if self.role is None:
             reason = "sliding_window" if self.sliding_window != -1 else "not_eligible"
             state.counters.add_dense_rows(reason, attn_metadata.num_actual_tokens)
-            return dense(layer, query, key, value, kv_cache, attn_metadata, output)
+            dense(layer, query, key, value, kv_cache, attn_metadata, output)
+            return output
         state.counters.add_dense_rows("prefill", attn_metadata.num_prefill_tokens)
         if rows is None:
-            return dense(layer, query, key, value, kv_cache, attn_metadata, output)
+            dense(layer, query, key, value, kv_cache, attn_metadata, output)
+            return output
         if attn_metadata.prefill is not None:
             batch, metadata = attn_metadata.prefill
             part = output.new_empty((len(batch.tokens), *output.shape[1:]))
@@ -210,9 +213,7 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         assert self.role is not None
         if self._parameters is None:  # the sinks are weights, loaded after __init__
             sinks = None if self.sinks is None else self.sinks.float().contiguous()
-            self._parameters = AttentionParameters(
-                self.scale, isa, float(self.logits_soft_cap), sinks
-            )
+            self._parameters = AttentionParameters(self.scale, isa, float(self.logits_soft_cap), sinks)
         arguments = (
             query.view(-1, self.num_heads, self.head_size),
             kv_cache,
@@ -237,9 +238,7 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             )
         else:
             state.counters.add_dense_rows("within_budget", attn_metadata.num_rows_within_budget)
-            ops.sparse_attention(
-                *arguments, state.table_for_reading(rows), page_size=config.page_size
-            )
+            ops.sparse_attention(*arguments, state.table_for_reading(rows), page_size=config.page_size)
 
 
 def find_state(vllm_config: VllmConfig) -> DeltaState | None:

@@ -11,7 +11,9 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.version import __version__ as vllm_version
 
+from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.plugin import BACKEND_NAME
 from vllm_delta.integration.validation import check_config, selects_delta
 
@@ -42,6 +44,9 @@ class DeltaPlatformMixin:
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if not selects_delta(vllm_config):
             return
+        warning = unsupported_version(vllm_version)
+        if warning is not None:
+            logger.warning_once(warning)
         check_config(vllm_config)
         if vllm_config.parallel_config.worker_cls == _VLLM_WORKER:
             vllm_config.parallel_config.worker_cls = _DELTA_WORKER

@@ -1,6 +1,6 @@
 """Entry points: vLLM calls these functions in every process that it starts.
 
-Imports of vLLM stand inside the functions, because `platform_plugin` runs while vLLM itself is being imported.
+Imports of vLLM stand inside the functions: `platform_plugin` runs while vLLM itself is being imported.
 """
 
 from __future__ import annotations

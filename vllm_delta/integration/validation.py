@@ -51,8 +51,7 @@ def check_block_size(config: DeltaConfig, block_size: int) -> None:
     """Raise `DeltaConfigError` where a KV block does not hold whole pages."""
     if block_size % config.page_size:
         raise DeltaConfigError(
-            f"delta.page_size ({config.page_size}) must divide the KV block size "
-            f"(--block-size {block_size})"
+            f"delta.page_size ({config.page_size}) must divide the KV block size (--block-size {block_size})"
         )
 
 
@@ -65,18 +64,14 @@ def check_isa(isa: str) -> None:
         )
 
 
-def check_layer(
-    *, attn_type: str, alibi_slopes: object | None, kv_cache_dtype: str, head_size: int
-) -> None:
+def check_layer(*, attn_type: str, alibi_slopes: object | None, kv_cache_dtype: str, head_size: int) -> None:
     """Check one attention layer as vLLM builds it.
 
     Raises:
         DeltaConfigError: a kind of attention that DELTA does not serve.
     """
     if attn_type != "decoder":
-        raise DeltaConfigError(
-            f"DELTA serves decoder models; this model has {attn_type} attention layers"
-        )
+        raise DeltaConfigError(f"DELTA serves decoder models; this model has {attn_type} attention layers")
     if alibi_slopes is not None:
         raise DeltaConfigError("DELTA does not serve models with ALiBi; accepted: RoPE and the like")
     _check_cache_dtype(kv_cache_dtype)
@@ -99,8 +94,7 @@ def _check_options(vllm_config: Any) -> None:
         size = getattr(parallel, option, 1)
         if size > 1:
             raise DeltaConfigError(
-                f"--{option.replace('_', '-')} {size}: DELTA does not serve context parallelism; "
-                "accepted: 1"
+                f"--{option.replace('_', '-')} {size}: DELTA does not serve context parallelism; accepted: 1"
             )
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         raise DeltaConfigError(
@@ -109,9 +103,7 @@ def _check_options(vllm_config: Any) -> None:
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
         raise DeltaConfigError("--kv-sharing-fast-prefill is not served by DELTA; leave it out")
     if getattr(vllm_config.attention_config, "use_non_causal", False):
-        raise DeltaConfigError(
-            "attention_config.use_non_causal is not served by DELTA; accepted: false"
-        )
+        raise DeltaConfigError("attention_config.use_non_causal is not served by DELTA; accepted: false")
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
         raise DeltaConfigError(
@@ -138,13 +130,9 @@ def _check_model(vllm_config: Any, config: DeltaConfig) -> None:
             "decode nothing; accepted: models that generate"
         )
     if getattr(model, "is_mm_prefix_lm", False):
-        raise DeltaConfigError(
-            f"{name} attends to prefixes in both directions, which DELTA does not serve"
-        )
+        raise DeltaConfigError(f"{name} attends to prefixes in both directions, which DELTA does not serve")
     if getattr(model, "rswa_window", None) is not None:
-        raise DeltaConfigError(
-            f"{name} uses reference sliding-window attention, which DELTA does not serve"
-        )
+        raise DeltaConfigError(f"{name} uses reference sliding-window attention, which DELTA does not serve")
     dtype = str(model.dtype).removeprefix("torch.")
     _check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
     check_block_size(config, vllm_config.cache_config.block_size)

@@ -1,0 +1,80 @@
+# Everything happens in .venv; `make demo` and `make test` work from nothing but python3 (3.11 or
+# newer, with venv), g++ and make.
+
+PYTHON ?= python3
+MODEL ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+EXTENSION_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CLANG_FORMAT_FILES := $(filter %.c %.cc %.cpp %.cu %.cuh %.h %.hpp,$(EXTENSION_SOURCES))
+MYPY_PATHS := $(wildcard vllm_delta benchmarks tools)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo serve test bench lint format clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv with vLLM and this project in it
+
+demo: $(INSTALLED) ## serve a small model, ask it two questions, count the tokens read
+	$(PY) tools/demo.py $(ARGS)
+
+# On a CPU vLLM would take 92 % of the memory for its cache and fail if that much is not free.
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 4
+serve: $(INSTALLED) ## serve in the foreground: make serve [MODEL=...] [ARGS=...]
+	@model='$(MODEL)'; \
+	if [ -z "$$model" ]; then model=$$($(PY) tools/demo_model.py) || exit 1; fi; \
+	set -x; exec $(BIN)/vllm serve "$$model" --attention-backend DELTA $(ARGS)
+
+test: $(INSTALLED) ## run the test suite: make test [ARGS=...]
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench ## measure decode speed: make bench [ARGS=...]
+	$(PY) benchmarks/decode.py $(ARGS)
+
+lint: $(VENV)/.installed-dev $(VENV)/.installed-bench ## check style and types, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=tools $(BIN)/mypy $(MYPY_PATHS)
+	$(if $(CLANG_FORMAT_FILES),$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT_FILES))
+
+format: $(VENV)/.installed-dev ## bring all files into the checked style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CLANG_FORMAT_FILES),$(BIN)/clang-format -i $(CLANG_FORMAT_FILES))
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find vllm_delta -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed*
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  f"Python 3.11 or newer is needed, this is {sys.version}; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The interpreter is order-only: its file time says nothing about what is installed.
+$(INSTALLED): setup.py pyproject.toml tools/install_vllm.py $(EXTENSION_SOURCES) | $(PY)
+	$(PY) tools/install_vllm.py
+	$(PIP) install --no-build-isolation -e ".[test]"
+	@touch $@
+
+# Only what the extra names: installing the project again would build the extension again.
+$(VENV)/.installed-%: pyproject.toml $(INSTALLED)
+	$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["$*"], sep="\n")' > $@.txt
+	$(PIP) install -r $@.txt
+	@rm $@.txt
+	@touch $@

@@ -1,0 +1,159 @@
+"""Picture of the decode benchmark, made from its CSV and from nothing else.
+
+    python benchmarks/plot_decode.py benchmarks/results/decode_cpu.csv docs/decode_cpu.svg
+
+Left: ms per decode step, per case and backend. Right: speed-up over the baseline, with its range
+over the rounds. By default the rows are those of the latest row's commit, shape, dtype and machine;
+`--commit` and `--shape` choose others. The same rows give the same SVG, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from common import Case, Measurement, Summary, read_csv, summarise
+from matplotlib.axes import Axes
+
+TIMES = "\u00d7"
+COLOURS = ("#8c96a3", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "decode",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e3e6ea",
+}
+
+
+def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -> list[Measurement]:
+    """Rows that may stand in one picture: one commit, shape, dtype, machine and baseline."""
+    wanted = [r for r in rows if commit in (None, r.commit) and shape in (None, r.shape)]
+    if not wanted:
+        return []
+
+    def kind(row: Measurement) -> tuple[str | int, ...]:
+        return (row.commit, row.shape, row.dtype, row.machine, row.cores, row.baseline)
+
+    return [row for row in wanted if kind(row) == kind(wanted[-1])]
+
+
+def grouped_bars(
+    axes: Axes, summaries: Sequence[Summary], arms: Sequence[str], colours: dict[str, str]
+) -> dict[tuple[Case, str], float]:
+    """Label the cases on the x axis; returns where the bar of each case and arm stands."""
+    cases = list(dict.fromkeys(summary.case for summary in summaries))
+    width = bar_width(arms)
+    axes.set_xticks(range(len(cases)), [str(case).replace("x", f" {TIMES} ") for case in cases])
+    axes.set_xlabel(f"sequences {TIMES} context tokens")
+    axes.grid(False, axis="x")
+    axes.tick_params(length=0)
+    for arm in arms:
+        axes.bar([0], [0], color=colours[arm], label=arm)  # the legend's entry
+    return {
+        (case, arm): i + (j - (len(arms) - 1) / 2) * width
+        for i, case in enumerate(cases)
+        for j, arm in enumerate(arms)
+    }
+
+
+def bar_width(arms: Sequence[str]) -> float:
+    """Leaves a gap between cases."""
+    return 0.8 / max(2, len(arms))
+
+
+def draw_times(axes: Axes, summaries: Sequence[Summary], colours: dict[str, str]) -> None:
+    """Bars of ms per step, and the legend of the whole picture."""
+    arms = list(dict.fromkeys(summary.arm for summary in summaries))
+    places = grouped_bars(axes, summaries, arms, colours)
+    for s in summaries:
+        bar = axes.bar(places[s.case, s.arm], s.ms_per_step, bar_width(arms) * 0.94, color=colours[s.arm])
+        axes.bar_label(bar, [f"{s.ms_per_step:.{0 if s.ms_per_step >= 100 else 1}f}"], padding=2, fontsize=8)
+    axes.set_title("time of a decode step, ms", loc="left")
+    axes.legend(frameon=False, loc="upper left")
+    axes.margins(y=0.1)
+
+
+def draw_speedups(axes: Axes, summaries: Sequence[Summary], colours: dict[str, str]) -> None:
+    """Bars of the speed-up over the baseline, and a line at 1."""
+    compared = [summary for summary in summaries if summary.speedups]
+    arms = list(dict.fromkeys(summary.arm for summary in compared))
+    places = grouped_bars(axes, compared, arms, colours)
+    for s in compared:
+        value = s.speedup
+        assert value is not None
+        place = places[s.case, s.arm]
+        axes.bar(place, value, bar_width(arms) * 0.94, color=colours[s.arm])
+        low, high = min(s.speedups), max(s.speedups)
+        axes.errorbar(place, value, [[value - low], [high - value]], color="#30363d", capsize=3)
+        axes.annotate(f"{value:.2f}{TIMES}", (place, high), (0, 5), textcoords="offset points", ha="center")
+    axes.axhline(1, color="#30363d", linewidth=1, linestyle="--")
+    axes.set_title("speed-up (line: range over rounds)", loc="left")
+    axes.margins(y=0.12)
+
+
+def caption(rows: Sequence[Measurement]) -> str:
+    """What was measured, on what, with which versions."""
+    last = rows[-1]
+    rounds = len({(row.date, row.round) for row in rows})
+    return (
+        f"{last.shape} shape, {last.dtype}, random weights, median of {rounds} round{'s' * (rounds > 1)} · "
+        f"{last.machine}, {last.cores} cores · vLLM {last.vllm}, torch {last.torch}, "
+        f"vllm-delta {last.vllm_delta} · commit {last.commit}, {last.date[:10]}"
+    )
+
+
+def draw(rows: Sequence[Measurement], path: Path) -> None:
+    """Write the picture of `rows` to `path`; its suffix names the format."""
+    summaries = summarise(rows)
+    arms = list(dict.fromkeys(summary.arm for summary in summaries))
+    arms.sort(key=lambda arm: arm != rows[-1].baseline)
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
+    compared = any(summary.speedups for summary in summaries)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, 1 + compared, figsize=(5.5 * (1 + compared), 4), squeeze=False, layout="constrained"
+        )
+        draw_times(panels[0, 0], summaries, colours)
+        if compared:
+            draw_speedups(panels[0, 1], summaries, colours)
+        figure.supxlabel(caption(rows), fontsize=7.5, color="#57606a")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=160, metadata=metadata)
+        plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw the picture; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Picture of the decode benchmark, from its CSV.")
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("out", type=Path, help="an .svg or .png file")
+    parser.add_argument("--commit", help="as in the CSV; default: the latest row's")
+    parser.add_argument("--shape", help="as in the CSV; default: the latest row's")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".svg", ".png"):
+        parser.error("the picture's name must end in .svg or .png")
+    try:
+        rows = choose(read_csv(args.csv), args.commit, args.shape)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if not rows:
+        parser.error(f"no such rows in {args.csv}")
+    draw(rows, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
