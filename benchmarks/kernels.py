@@ -5,8 +5,8 @@
 For each case (batch x context) and shape, the four ways to run a layer alternate, and the fastest of a few
 calls counts in each round: what disturbs a call only ever makes it slower. `ratio` is the median over the
 rounds of time / vLLM's time in the same round. GB/s are the bytes of keys and values that a layer reads,
-beside what a plain read of memory reaches here with the same threads; a cache that fits the processor's
-own can be read faster than memory.
+beside what a plain read of memory reaches here with the same threads. Calls go round between several
+sequences, as a model's layers do, so that no call finds its keys and values in the processor's cache.
 
 - dense: vLLM's operator, what CPU_ATTN runs in every layer
 - full, selection, sparse: DELTA's layers; a selection layer computes attention, scores and the selection
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from vllm_delta.ops import AttentionParameters, Rows, SelectionTable
 
 BLOCK_SIZE = 128
 LAYOUT = "vec"
+#: of keys and values that calls go round in: several times a processor's cache
+ROTATED_BYTES = 2**28
 
 #: query heads, KV heads, head size
 SHAPES = {"tiny28": (8, 2, 64), "qwen2.5-7b": (28, 4, 128), "qwen3-8b": (32, 8, 128), "mha": (8, 8, 64)}
@@ -48,8 +51,11 @@ def layers(
     num_heads, num_kv_heads, head_size = shape
     config = DeltaConfig()
     blocks = -(-case.context // BLOCK_SIZE)
-    cache = torch.randn(case.batch * blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size).to(dtype)
-    block_table = torch.randperm(case.batch * blocks).int().view(case.batch, blocks)
+    block_bytes = num_kv_heads * BLOCK_SIZE * 2 * head_size * dtype.itemsize
+    copies = -(-ROTATED_BYTES // (case.batch * blocks * block_bytes))
+    num_blocks = copies * case.batch * blocks
+    cache = torch.randn(num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size, dtype=dtype)
+    block_tables = itertools.cycle(torch.randperm(num_blocks).int().view(copies, case.batch, blocks))
     query = torch.randn(case.batch, num_heads, head_size).to(dtype)
     output = torch.empty_like(query)
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32)
@@ -85,7 +91,7 @@ def layers(
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=block_table,
+            block_table=next(block_tables),
             softcap=0,
             scheduler_metadata=schedule,
             s_aux=None,
@@ -97,23 +103,19 @@ def layers(
 
     rows = Rows(starts[:-1], starts[:-1], lengths)
     table = SelectionTable.allocate(case.batch, config.budget_pages)
-    arguments = (
-        query,
-        cache,
-        block_table,
-        rows,
-        AttentionParameters(scale, LAYOUT),
-        ops.allocate_workspace(case.context, num_heads, head_size),
-        torch.zeros(3, dtype=torch.int64),
-        output,
-    )
+    workspace = ops.allocate_workspace(case.context, num_heads, head_size)
+    counters = torch.zeros(3, dtype=torch.int64)
+    parameters = AttentionParameters(scale, LAYOUT)
+
+    def arguments() -> Any:
+        return (query, cache, next(block_tables), rows, parameters, workspace, counters, output)
 
     def full() -> None:
-        ops.full_attention(*arguments)
+        ops.full_attention(*arguments())
 
     def selection() -> None:
         ops.selection_attention(
-            *arguments,
+            *arguments(),
             table,
             page_size=config.page_size,
             budget_pages=config.budget_pages,
@@ -122,7 +124,7 @@ def layers(
         )
 
     def sparse() -> None:
-        ops.sparse_attention(*arguments, table, page_size=config.page_size)
+        ops.sparse_attention(*arguments(), table, page_size=config.page_size)
 
     selection()  # writes the table that `sparse` reads
     kept = min(case.context, config.budget_tokens)

@@ -81,9 +81,9 @@ def test_same_answer_however_it_is_scheduled(models):
     chunks = {"max_num_batched_tokens": 100, "enable_prefix_caching": False}
     with start_engine(model, "DELTA", delta, **chunks) as engine:
         assert [answer.tokens for answer in engine.generate(prompts, steps)] == expected
-    # 15 blocks of 128 tokens do not hold the batch. Without prefix caching a preempted request computes
+    # 115 blocks of 16 tokens do not hold the batch. Without prefix caching a preempted request computes
     # all its tokens again, the generated ones included.
-    preempting = {"num_gpu_blocks_override": 15, "enable_prefix_caching": False, "max_model_len": 1024}
+    preempting = {"num_gpu_blocks_override": 115, "enable_prefix_caching": False, "max_model_len": 1024}
     with start_engine(model, "DELTA", delta, **preempting, max_num_batched_tokens=300) as engine:
         lengths = [100, 120, 250, 500, 630]
         prompts = random_prompts(lengths, seed=3)

@@ -168,7 +168,7 @@ def selection_attention(
     Args:
         query: and all up to `output` as in `full_attention`.
         table: written, one entry a row, in the order of `rows`.
-        page_size: one of `PAGE_SIZES` that divides the block size.
+        page_size: one of `PAGE_SIZES`; any block size goes with it.
         budget_pages: pages to keep, at least recent_pages + sink_pages.
         recent_pages: pages kept at the end.
         sink_pages: pages kept at the start.

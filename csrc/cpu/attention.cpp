@@ -38,14 +38,9 @@ constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A run of tokens that lie side by side in one KV block.
-struct Segment {
-  int64_t block;   // physical
-  int64_t offset;  // of the first token in the block, a multiple of 16
-  int64_t count;   // only a row's last segment may hold a number that is not a multiple of 16
-};
-
-constexpr int64_t kMaxSegments = kChunkTokens / kLanes;
+// Groups of 16 tokens in a chunk, and how many the widest loop handles at once.
+constexpr int64_t kChunkGroups = kChunkTokens / kLanes;
+constexpr int64_t kWidestLoop = 4;
 
 // What one row attends to, in units that the waves count in.
 struct Row {
@@ -73,86 +68,76 @@ Row describe_row(const Problem& p, int64_t index) {
   return row;
 }
 
-// The segments of one chunk of a row; returns their number.
-int64_t find_segments(const Problem& p, const Row& row, int64_t chunk, Segment* segments) {
+// The groups of one chunk of a row for one KV head, whose blocks start at `cache`; returns the
+// chunk's tokens. Only the last group may hold fewer than 16. Groups to be asked for in advance
+// follow it: the last again.
+template <typename T>
+int64_t find_groups(const Problem& p, const Row& row, int64_t chunk, const T* cache,
+                    Group<T>* groups) {
   const int32_t* blocks = p.block_table + p.row_requests[row.index] * p.block_table_stride;
-  int64_t count = 0;
-  const auto append = [&](int64_t token, int64_t tokens) {
-    const int64_t block = blocks[token / p.block_size];
-    const int64_t offset = token % p.block_size;
-    if (count > 0) {
-      Segment& previous = segments[count - 1];
-      if (previous.block == block && previous.offset + previous.count == offset) {
-        previous.count += tokens;
-        return;
-      }
+  int64_t tokens = 0;
+  const auto append = [&](int64_t first, int64_t count) {
+    for (int64_t token = first; token < first + count; token += kLanes) {
+      const T* block = cache + blocks[token / p.block_size] * p.cache_block_stride;
+      groups[tokens / kLanes + (token - first) / kLanes] = {block, token % p.block_size};
     }
-    segments[count++] = {block, offset, tokens};
+    tokens += count;
   };
-  if (!p.table_pages) {
-    const int64_t end = std::min(row.length, (chunk + 1) * kChunkTokens);
-    for (int64_t token = chunk * kChunkTokens; token < end;) {
-      const int64_t left_in_block = p.block_size - token % p.block_size;
-      const int64_t tokens = std::min(left_in_block, end - token);
-      append(token, tokens);
-      token += tokens;
+  if (p.table_pages) {
+    const int32_t* pages = p.table_pages + row.index * p.table_stride;
+    const int64_t pages_per_chunk = kChunkTokens / p.page_size;
+    const int64_t end = std::min<int64_t>(p.table_counts[row.index], (chunk + 1) * pages_per_chunk);
+    for (int64_t i = chunk * pages_per_chunk; i < end; ++i) {
+      const int64_t first = pages[i] * p.page_size;
+      append(first, std::min(p.page_size, row.length - first));
     }
-    return count;
+  } else {
+    const int64_t first = chunk * kChunkTokens;
+    append(first, std::min(kChunkTokens, row.length - first));
   }
-  const int32_t* pages = p.table_pages + row.index * p.table_stride;
-  const int64_t pages_per_chunk = kChunkTokens / p.page_size;
-  const int64_t end = std::min<int64_t>(p.table_counts[row.index], (chunk + 1) * pages_per_chunk);
-  for (int64_t i = chunk * pages_per_chunk; i < end; ++i) {
-    const int64_t token = pages[i] * p.page_size;
-    append(token, std::min(p.page_size, row.length - token));
-  }
-  return count;
+  const int64_t num_groups = ceil_div(tokens, kLanes);
+  for (int64_t i = 0; i < kWidestLoop; ++i) groups[num_groups + i] = groups[num_groups - 1];
+  return tokens;
 }
 
 // Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride], and
 // the chunk's maximum, sum and output.
 template <typename T, typename Layout, int kHeads>
-void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int64_t num_segments,
-                  const float* query, float* logits, float* output, float* maxima, float* sums) {
-  constexpr int kWide = kHeads <= 4 ? 4 : 2;
+void attend_chunk(const Problem& p, const Group<T>* groups, int64_t tokens, const float* query,
+                  float* logits, float* output, float* maxima, float* sums) {
+  constexpr int kWide = kHeads <= 4 ? kWidestLoop : 2;
   const int64_t d = p.head_size;
+  const int64_t num_groups = ceil_div(tokens, kLanes);
+  const int64_t padded = num_groups * kLanes;
 
-  int64_t position = 0;
-  for (int64_t s = 0; s < num_segments; ++s) {
-    const Segment segment = segments[s];
-    const T* block = cache + segment.block * p.cache_block_stride;
-    const int64_t padded = ceil_div(segment.count, kLanes) * kLanes;
-    int64_t done = 0;
-    for (; done + kWide * kLanes <= padded; done += kWide * kLanes) {
-      Layout::template logits<kHeads, kWide>(block, p.block_size, d, segment.offset + done, query,
-                                             logits + position + done, kLogitsStride);
-    }
-    for (; done < padded; done += kLanes) {
-      Layout::template logits<kHeads, 1>(block, p.block_size, d, segment.offset + done, query,
-                                         logits + position + done, kLogitsStride);
-    }
-    position += padded;
+  int64_t i = 0;
+  for (; i + kWide <= num_groups; i += kWide) {
+    Layout::template logits<kHeads, kWide>(groups + i, p.block_size, d, query, logits + i * kLanes,
+                                           kLogitsStride);
+  }
+  for (; i < num_groups; ++i) {
+    Layout::template logits<kHeads, 1>(groups + i, p.block_size, d, query, logits + i * kLanes,
+                                       kLogitsStride);
   }
 
-  const int64_t padding = (kLanes - segments[num_segments - 1].count % kLanes) % kLanes;
   alignas(64) float weights[kHeads * kLogitsStride];
   for (int g = 0; g < kHeads; ++g) {
     float* const x = logits + g * kLogitsStride;
     if (p.softcap != 0.0f) {
-      for (int64_t t = 0; t < position; t += kLanes) {
+      for (int64_t t = 0; t < padded; t += kLanes) {
         store16(x + t, hyperbolic_tangent(load16(x + t) / p.softcap) * p.softcap);
       }
     }
     // Lanes behind the last token hold whatever the block held before.
-    for (int64_t t = position - padding; t < position; ++t) x[t] = kNegativeInfinity;
+    for (int64_t t = tokens; t < padded; ++t) x[t] = kNegativeInfinity;
 
     f32x16 maximum_lanes = load16(x);
-    for (int64_t t = kLanes; t < position; t += kLanes) {
+    for (int64_t t = kLanes; t < padded; t += kLanes) {
       maximum_lanes = maximum(maximum_lanes, load16(x + t));
     }
     maxima[g] = reduce_max(maximum_lanes);
     f32x16 sum_lanes = broadcast(0.0f);
-    for (int64_t t = 0; t < position; t += kLanes) {
+    for (int64_t t = 0; t < padded; t += kLanes) {
       const f32x16 weight = exponential(load16(x + t) - maxima[g]);
       store16(weights + g * kLogitsStride + t, weight);
       sum_lanes += weight;
@@ -161,30 +146,24 @@ void attend_chunk(const Problem& p, const T* cache, const Segment* segments, int
   }
 
   std::memset(output, 0, sizeof(float) * kHeads * d);
-  position = 0;
-  for (int64_t s = 0; s < num_segments; ++s) {
-    const Segment segment = segments[s];
-    const T* block = cache + segment.block * p.cache_block_stride;
-    for (int64_t done = 0; done < segment.count; done += kLanes) {
-      const int64_t count = std::min(kLanes, segment.count - done);
-      const float* w = weights + position + done;
-      int64_t v = 0;
-      for (; v + 2 <= d / kLanes; v += 2) {
-        Layout::template accumulate<kHeads, 2>(block, p.block_size, d, segment.offset + done, count,
-                                               v, w, kLogitsStride, output);
-      }
-      if (v < d / kLanes) {
-        Layout::template accumulate<kHeads, 1>(block, p.block_size, d, segment.offset + done, count,
-                                               v, w, kLogitsStride, output);
-      }
+  for (i = 0; i < num_groups; ++i) {
+    const int64_t count = std::min(kLanes, tokens - i * kLanes);
+    const float* w = weights + i * kLanes;
+    int64_t v = 0;
+    for (; v + 2 <= d / kLanes; v += 2) {
+      Layout::template accumulate<kHeads, 2>(groups + i, p.block_size, d, count, v, w,
+                                             kLogitsStride, output);
     }
-    position += ceil_div(segment.count, kLanes) * kLanes;
+    if (v < d / kLanes) {
+      Layout::template accumulate<kHeads, 1>(groups + i, p.block_size, d, count, v, w,
+                                             kLogitsStride, output);
+    }
   }
 }
 
 template <typename T, typename Layout>
-using AttendChunk = void (*)(const Problem&, const T*, const Segment*, int64_t, const float*,
-                             float*, float*, float*, float*);
+using AttendChunk = void (*)(const Problem&, const Group<T>*, int64_t, const float*, float*, float*,
+                             float*, float*);
 
 // Step 1 for all query heads of one KV head.
 template <typename T, typename Layout>
@@ -195,12 +174,12 @@ void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_hea
       attend_chunk<T, Layout, 7>, attend_chunk<T, Layout, 8>};
   alignas(64) float query[kMaxHeadGroup * kMaxHeadSize];
   alignas(64) float scratch_logits[kMaxHeadGroup * kLogitsStride];
-  Segment segments[kMaxSegments];
+  Group<T> groups[kChunkGroups + kWidestLoop];
 
   const int64_t d = p.head_size;
   const int64_t heads_per_kv_head = p.num_heads / p.num_kv_heads;
   const T* cache = static_cast<const T*>(p.kv_cache) + kv_head * p.cache_head_stride;
-  const int64_t num_segments = find_segments(p, row, chunk, segments);
+  const int64_t tokens = find_groups(p, row, chunk, cache, groups);
   const int64_t slot = (row.first_chunk + chunk) * p.num_heads;
 
   for (int64_t done = 0; done < heads_per_kv_head; done += kMaxHeadGroup) {
@@ -216,7 +195,7 @@ void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_hea
     }
     float* logits = scratch_logits;
     if (row.selects) logits = p.workspace.logits + (slot + first_head) * kLogitsStride;
-    kByHeads[heads - 1](p, cache, segments, num_segments, query, logits,
+    kByHeads[heads - 1](p, groups, tokens, query, logits,
                         p.workspace.partial_outputs + (slot + first_head) * d,
                         p.workspace.partial_maxima + slot + first_head,
                         p.workspace.partial_sums + slot + first_head);

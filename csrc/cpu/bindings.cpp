@@ -139,9 +139,9 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
                   "num_heads must be a multiple of num_kv_heads");
   STD_TORCH_CHECK(p.head_size % kLanes == 0 && p.head_size <= kMaxHeadSize,
                   "head_size must be a multiple of 16 up to ", kMaxHeadSize);
-  STD_TORCH_CHECK(p.block_size % kLanes == 0 && page_size % kLanes == 0 &&
-                      p.block_size % page_size == 0 && kChunkTokens % page_size == 0,
-                  "page_size must be 16, 32, 64 or 128 and divide the block size");
+  STD_TORCH_CHECK(p.block_size % kLanes == 0, "the block size must be a multiple of 16");
+  STD_TORCH_CHECK(page_size % kLanes == 0 && kChunkTokens % page_size == 0 && page_size <= 128,
+                  "page_size must be 16, 32, 64 or 128");
   STD_TORCH_CHECK(layout == 0 || (layout == 1 && p.element_type != ElementType::kFloat32 &&
                                   p.block_size % 32 == 0),
                   "the amx layout holds bfloat16 or float16 in blocks of a multiple of 32 tokens");

@@ -17,7 +17,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -58,6 +58,11 @@ class DeltaCPUBackend(CPUAttentionBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[DeltaCPUMetadataBuilder]:
         """The class that prepares each step."""
         return DeltaCPUMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Also what CPU_ATTN runs in its "vec16" layout, see `platform.choose_block_size`."""
+        return [MultipleOf(16)]
 
     @classmethod
     def supports_non_causal(cls) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.version import __version__ as vllm_version
 
+from vllm_delta.config import DeltaConfig
 from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.plugin import BACKEND_NAME
 from vllm_delta.integration.validation import check_config, selects_delta
@@ -40,16 +42,32 @@ class DeltaPlatformMixin:
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Refuse what DELTA cannot serve before any process starts, and choose DELTA's worker."""
+        """Refuse what DELTA cannot serve before any process starts; choose DELTA's block size and worker."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if not selects_delta(vllm_config):
             return
         warning = unsupported_version(vllm_version)
         if warning is not None:
             logger.warning_once(warning)
+        choose_block_size(vllm_config)
         check_config(vllm_config)
         if vllm_config.parallel_config.worker_cls == _VLLM_WORKER:
             vllm_config.parallel_config.worker_cls = _DELTA_WORKER
+
+
+def choose_block_size(vllm_config: Any) -> None:
+    """Make a KV block one page, where the user has not chosen its size.
+
+    A page of 16 tokens in a block of 128 is scattered over half the block's cache lines, since keys lie
+    transposed in a block; one that is the whole block is read in one go. vLLM's own kernels are as fast with
+    small blocks, except those for AMX, which need a multiple of 32 tokens.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if cache.user_specified_block_size or model is None or model.is_hybrid:
+        return
+    page_size = DeltaConfig.from_additional_config(vllm_config.additional_config).page_size
+    uses_amx = model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    cache.block_size = max(page_size, 32 if uses_amx else 16)
 
 
 _base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
