@@ -8,7 +8,8 @@ When vLLM moves, check in its source:
   `CPUAttentionMetadataBuilder.build`, the fields of `CPUAttentionMetadata`, and `_get_attn_isa`: a new name
   there means a cache layout that the kernels do not know.
 - ``v1/attention/backend.py``: the fields of `CommonAttentionMetadata` that `cpu.py` reads and replaces.
-- ``platforms/cpu.py``: `get_attn_backend_cls`, `check_and_update_config`, and the name of the worker class.
+- ``platforms/cpu.py``: `get_attn_backend_cls`, `check_and_update_config`, `update_block_size_for_backend`,
+  and the name of the worker class.
 - ``v1/worker/gpu_model_runner.py``: `input_batch.num_prompt_tokens_cpu_tensor`, in the batch's order.
 - new options that change what attention means: `validation.py` refuses those that DELTA does not serve.
 

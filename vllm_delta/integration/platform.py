@@ -54,6 +54,13 @@ class DeltaPlatformMixin:
         if vllm_config.parallel_config.worker_cls == _VLLM_WORKER:
             vllm_config.parallel_config.worker_cls = _DELTA_WORKER
 
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: Any) -> None:
+        """Keep DELTA's block size, where vLLM (from 0.33 on) sets its own when the model is loaded."""
+        super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
+        if selects_delta(vllm_config):
+            choose_block_size(vllm_config)
+
 
 def choose_block_size(vllm_config: Any) -> None:
     """Make a KV block one page, where the user has not chosen its size.
