@@ -19,7 +19,7 @@ import csv
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,8 +35,9 @@ from vllm_delta import ops
 from vllm_delta.config import DeltaConfig
 from vllm_delta.ops import AttentionParameters, Rows, SelectionTable
 
-BLOCK_SIZE = 128
-LAYOUT = "vec"
+#: tokens of a KV block in vLLM's default, and where DELTA chooses it; with vLLM's names of the layouts
+DENSE_BLOCK, DENSE_LAYOUT = 128, "vec"
+DELTA_BLOCK, DELTA_LAYOUT = 16, "vec16"
 #: of keys and values that calls go round in: several times a processor's cache
 ROTATED_BYTES = 2**28
 
@@ -50,12 +51,18 @@ def layers(
     """The ways to run one layer, by name, each with the tokens of a sequence that it reads."""
     num_heads, num_kv_heads, head_size = shape
     config = DeltaConfig()
-    blocks = -(-case.context // BLOCK_SIZE)
-    block_bytes = num_kv_heads * BLOCK_SIZE * 2 * head_size * dtype.itemsize
-    copies = -(-ROTATED_BYTES // (case.batch * blocks * block_bytes))
-    num_blocks = copies * case.batch * blocks
-    cache = torch.randn(num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size, dtype=dtype)
-    block_tables = itertools.cycle(torch.randperm(num_blocks).int().view(copies, case.batch, blocks))
+    tokens = -(-case.context // DENSE_BLOCK) * DENSE_BLOCK
+    copies = -(-ROTATED_BYTES // (case.batch * tokens * num_kv_heads * 2 * head_size * dtype.itemsize))
+    # One memory for both: random numbers are as good in one layout as in another.
+    memory = torch.randn(copies * case.batch * tokens, num_kv_heads, 2 * head_size, dtype=dtype)
+    keys, values = memory.view(-1, num_kv_heads, 2 * DENSE_BLOCK, head_size).chunk(2, dim=2)
+    cache = memory.view(-1, num_kv_heads, DELTA_BLOCK, 2 * head_size)
+
+    def block_tables(block_size: int) -> Iterator[torch.Tensor]:
+        order = torch.randperm(len(memory) // block_size).int()
+        return itertools.cycle(order.view(copies, case.batch, tokens // block_size))
+
+    dense_tables, delta_tables = block_tables(DENSE_BLOCK), block_tables(DELTA_BLOCK)
     query = torch.randn(case.batch, num_heads, head_size).to(dtype)
     output = torch.empty_like(query)
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32)
@@ -72,12 +79,11 @@ def layers(
         query_start_loc=starts,
         causal=True,
         sliding_window_size=-1,
-        isa=LAYOUT,
+        isa=DENSE_LAYOUT,
         enable_kv_split=True,
         dynamic_causal=None,
         kv_cache_dtype="auto",
     )
-    keys, values = cache.view(-1, num_kv_heads, 2 * BLOCK_SIZE, head_size).chunk(2, dim=2)
 
     def dense() -> None:
         vllm_ops.cpu_attention_with_kv_cache(
@@ -91,7 +97,7 @@ def layers(
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=next(block_tables),
+            block_table=next(dense_tables),
             softcap=0,
             scheduler_metadata=schedule,
             s_aux=None,
@@ -105,27 +111,27 @@ def layers(
     table = SelectionTable.allocate(case.batch, config.budget_pages)
     workspace = ops.allocate_workspace(case.context, num_heads, head_size)
     counters = torch.zeros(3, dtype=torch.int64)
-    parameters = AttentionParameters(scale, LAYOUT)
+    parameters = AttentionParameters(scale, DELTA_LAYOUT)
 
-    def arguments() -> Any:
-        return (query, cache, next(block_tables), rows, parameters, workspace, counters, output)
+    def delta(function: Callable[..., None], *more: Any, **options: Any) -> Callable[[], None]:
+        def call() -> None:
+            block_table = next(delta_tables)
+            function(
+                *(query, cache, block_table, rows, parameters, workspace, counters, output, *more), **options
+            )
 
-    def full() -> None:
-        ops.full_attention(*arguments())
+        return call
 
-    def selection() -> None:
-        ops.selection_attention(
-            *arguments(),
-            table,
-            page_size=config.page_size,
-            budget_pages=config.budget_pages,
-            recent_pages=config.recent_pages,
-            sink_pages=config.sink_pages,
-        )
-
-    def sparse() -> None:
-        ops.sparse_attention(*arguments(), table, page_size=config.page_size)
-
+    full = delta(ops.full_attention)
+    selection = delta(
+        ops.selection_attention,
+        table,
+        page_size=config.page_size,
+        budget_pages=config.budget_pages,
+        recent_pages=config.recent_pages,
+        sink_pages=config.sink_pages,
+    )
+    sparse = delta(ops.sparse_attention, table, page_size=config.page_size)
     selection()  # writes the table that `sparse` reads
     kept = min(case.context, config.budget_tokens)
     return {
