@@ -14,6 +14,10 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 # Operations on tiny models are too small for two threads, which mostly wait for each other.
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
+# Tokens of the demo models that are one ASCII character each. After a prompt that ends within a character,
+# vLLM's detokenizer returns the prompt's text with the answer's.
+PRINTABLE = (7, 101)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
