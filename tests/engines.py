@@ -74,6 +74,7 @@ def start_engine(
         "max_num_seqs": 8,
         "enforce_eager": True,
         "disable_log_stats": False,
+        "gpu_memory_utilization": 0.3,  # vLLM's name for the machine's memory that it wants to find free
         "attention_backend": backend,
         "additional_config": {} if delta is None else {"delta": delta},
         **options,

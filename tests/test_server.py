@@ -186,7 +186,7 @@ PROMPTS = [random_prompt(length, seed=length) for length in (40, 900, 200, 500)]
 
 def run_engine(model, backend, delta=None, **options):
     """Greedy answers to `PROMPTS` and what was counted meanwhile; for a fresh process."""
-    with start_engine(model, backend, delta, gpu_memory_utilization=0.3, **options) as engine:
+    with start_engine(model, backend, delta, **options) as engine:
         return SimpleNamespace(
             tokens=[answer.tokens for answer in engine.generate(PROMPTS, 48)],
             counters=None if backend == "CPU_ATTN" else engine.counters(),

@@ -97,8 +97,10 @@ def show_counters(before: dict[str, Any], after: dict[str, Any]) -> None:
 def run(model: Path | str, extra: list[str]) -> None:
     """Serve the model, ask, count, stop the server."""
     config = json.dumps({"delta": BUDGET})
+    # vLLM wants to find that share of the machine's memory free; the model needs a fraction of it.
+    extra = ["--gpu-memory-utilization", "0.3", *extra]
     arguments = ["--attention-backend", "DELTA", "--additional-config", config, *extra]
-    print(f"vllm serve {model} {' '.join(arguments[:3])} '{config}' {' '.join(extra)}".rstrip())
+    print(f"vllm serve {model} {' '.join(arguments[:3])} '{config}' {' '.join(extra)}")
     print(f"  log: {LOG}")
     begin = time.monotonic()
     with Server(model, arguments, log_path=LOG, on_wait=show_waiting) as server:

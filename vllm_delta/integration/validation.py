@@ -17,8 +17,6 @@ from vllm_delta.plan import make_plan
 #: Speculative decoding methods that bring no attention layers of their own.
 _SPECULATIVE_METHODS = ("ngram",)
 
-_DTYPES = {"float32", "bfloat16", "float16"}
-
 
 def selects_delta(vllm_config: Any) -> bool:
     """Whether this configuration selects DELTA, for all layers or for a kind of them."""
@@ -80,11 +78,13 @@ def check_layer(*, attn_type: str, alibi_slopes: object | None, kv_cache_dtype: 
 
 
 def _check_cache_dtype(cache_dtype: str, model_dtype: str | None = None) -> None:
-    accepted = {"auto", model_dtype} if model_dtype else {"auto", *_DTYPES}
+    """The cache holds the model's own type; `model_dtype` None accepts any of the kernels' types."""
+    named = {"bfloat16", "float16"}  # what vLLM's option can name
+    accepted = ["auto", *sorted(named if model_dtype is None else named & {model_dtype})]
     if cache_dtype not in accepted:
         raise DeltaConfigError(
             f"--kv-cache-dtype {cache_dtype} is not served by DELTA on the CPU; accepted: "
-            f"{', '.join(sorted(accepted))}"
+            f"{', '.join(accepted)}"
         )
 
 
