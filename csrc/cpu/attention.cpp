@@ -9,8 +9,10 @@
 //
 // and in a selection layer (DELTA, arXiv 2510.09883; max over all query heads, sum over the page):
 //
-//   token score s[t] = max over h of e^(x[h, t] - m[h]) / L[h] = e^(max over h of (x - m[h] - log
-//   L[h])) page score = sum of s[t] over the page's tokens
+//   token score s[t] = max over h of e^(x[h, t] - m[h]) / L[h]
+//                    = e^(max over h of (x[h, t] - m[h] - log L[h]))
+//
+//   page score = sum of s[t] over the page's tokens
 //
 // Rows are processed in waves that fit the workspace. A wave has two loops, spread over all
 // threads:
@@ -46,7 +48,6 @@ constexpr int64_t kWidestLoop = 4;
 struct Row {
   int64_t index;
   int64_t length;       // tokens that it sees
-  int64_t attended;     // upper bound: whole pages of the selection table, or length
   int64_t first_chunk;  // in the wave
   int64_t num_chunks;
   int64_t scores_offset;  // in the workspace
@@ -62,8 +63,8 @@ Row describe_row(const Problem& p, int64_t index) {
   Row row = {};
   row.index = index;
   row.length = p.row_lengths[index];
-  row.attended = p.table_pages ? p.table_counts[index] * p.page_size : row.length;
-  row.num_chunks = ceil_div(row.attended, kChunkTokens);
+  const int64_t attended = p.table_pages ? p.table_counts[index] * p.page_size : row.length;
+  row.num_chunks = ceil_div(attended, kChunkTokens);
   row.selects = p.selected_pages && (p.scores_out || row.length > p.budget_pages * p.page_size);
   return row;
 }

@@ -67,8 +67,8 @@ struct Problem {
 
   float scale;
   float softcap;  // 0: none
-  const float*
-      sinks;  // [num_heads] or null: a logit that takes part in the softmax and has no value
+  // [num_heads] or null: a logit that takes part in the softmax and has no value
+  const float* sinks;
 
   int64_t page_size;
 
