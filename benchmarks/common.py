@@ -1,8 +1,8 @@
-"""Measurements of the decode benchmark: the CSV row, and the summary that table and picture share.
+"""Rows of the benchmarks' CSVs, and the decode benchmark's summary that table and picture share.
 
-One `Measurement` is one case (batch x context) timed in one fresh engine process. Within a run the
-arms (backends) alternate, so that a slow minute of the machine meets every arm; speed-ups are
-therefore taken between measurements of the same round, and only then summarised.
+One row is what one engine process measured of one case; a CSV holds rows of one class below. In the
+decode benchmark the arms (backends) alternate, so that a slow minute of the machine meets every arm;
+speed-ups are therefore taken between measurements of the same round, and only then summarised.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 KIBI = 1024
+
+Row = TypeVar("Row", bound="Run")
 
 
 @dataclass(frozen=True, order=True)
@@ -39,12 +41,11 @@ class Case:
         return f"{self.batch}x{self.context // KIBI}k" if whole else f"{self.batch}x{self.context}"
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One row of the CSV. Token counts are over the timed steps, all layers and all sequences."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The columns of every CSV: what ran, and where."""
 
     date: str  # ISO, start of the run; equal in all rows of a run
-    round: int
     commit: str  # with "+dirty" if tracked files differed from it
     machine: str  # CPU or GPU model
     cores: int
@@ -52,24 +53,49 @@ class Measurement:
     torch: str
     vllm_delta: str
     python: str
-    backend: str
-    baseline: str  # the backend that speed-ups refer to
+    command: str
     shape: str
     dtype: str
-    batch: int
-    context: int
-    output_short: int
-    output_long: int
+    backend: str
     settings: str  # DELTA's, as JSON; "{}" are the defaults
-    ms_per_step: float  # median of samples_ms
-    tokens_per_second: float
-    samples_ms: str  # every slope of this process, separated by spaces
-    attended_tokens: int | None  # None: a backend that does not count
+
+    @property
+    def arm(self) -> str:
+        """The backend, with DELTA's settings where they are not the defaults."""
+        return self.backend if self.settings in ("", "{}") else f"{self.backend} {self.settings}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRun(Run):
+    """What an engine of this process' own says of itself, and of the tokens that it attended to.
+
+    Token counts are over the timed steps, all layers and all sequences; None of a backend that does not
+    count.
+    """
+
+    kv_cache_dtype: str  # vLLM's name; "auto" is `dtype`
+    kv_capacity_tokens: int | None  # that the KV cache has room for
+    peak_memory_bytes: int | None  # RSS of the largest engine process, or used device memory
+    attended_tokens: int | None
     context_tokens: int | None
     sparse_attended_tokens: int | None  # sparse layers alone
     sparse_context_tokens: int | None
-    peak_memory_bytes: int | None  # RSS of the largest engine process, or used device memory
-    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(EngineRun):
+    """One case of the decode benchmark in one process."""
+
+    baseline: str  # the backend that speed-ups refer to
+    round: int
+    batch: int
+    context: int
+    prompt_tokens: int  # the context, less what the model's positions have no room for
+    output_short: int
+    output_long: int
+    ms_per_step: float  # median of samples_ms
+    tokens_per_second: float
+    samples_ms: str  # every slope of this process, separated by spaces
 
     @property
     def case(self) -> Case:
@@ -82,51 +108,111 @@ class Measurement:
         samples = [float(sample) for sample in self.samples_ms.split()]
         return (max(samples) - min(samples)) / self.ms_per_step
 
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(EngineRun):
+    """One part of the generation benchmark in one process.
+
+    ======== ============================================ ================================================
+    part     milliseconds                                 samples_ms
+    ======== ============================================ ================================================
+    generate all outputs of all requests, prompts included mean step per `bin_tokens` output tokens, in order
+    ttft     median time to first token                   every time to first token
+    prefill  median decode step after a real prefill,     one mean per repetition
+             all requests decoding
+    ======== ============================================ ================================================
+    """
+
+    part: str
+    requests: int
+    prompt: int
+    output: int
+    milliseconds: float
+    tokens_per_second: float | None  # generated; None of "ttft"
+    bin_tokens: int | None  # None except of "generate"
+    samples_ms: str  # separated by spaces
+
     @property
-    def arm(self) -> str:
-        """The backend, with DELTA's settings where they are not the defaults."""
-        return self.backend if self.settings in ("", "{}") else f"{self.backend} {self.settings}"
+    def samples(self) -> list[float]:
+        """`samples_ms` as numbers."""
+        return [float(sample) for sample in self.samples_ms.split()]
 
 
-FIELDS = tuple(field.name for field in fields(Measurement))
-_TYPES = {field.name: str(field.type) for field in fields(Measurement)}
+@dataclass(frozen=True, kw_only=True)
+class Serving(Run):
+    """One request rate of the serving benchmark; the names are those of ``vllm bench serve``."""
+
+    request_rate: float  # per second; inf: all at once
+    prompts: int
+    input: int  # tokens of a prompt
+    output: int  # tokens of an answer
+    duration: float  # seconds
+    request_throughput: float  # per second
+    output_throughput: float  # tokens per second
+    mean_ttft_ms: float
+    median_ttft_ms: float
+    p99_ttft_ms: float
+    mean_tpot_ms: float
+    median_tpot_ms: float
+    p99_tpot_ms: float
+    mean_itl_ms: float
+    median_itl_ms: float
+    p99_itl_ms: float
+    attended_tokens: int | None  # warm-up included; None of a backend that does not count
+    context_tokens: int | None
+
+
 _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "str": str,
     "int | None": lambda s: int(s) if s else None,
+    "float | None": lambda s: float(s) if s else None,
 }
 
 
-def append_csv(path: Path, row: Measurement) -> None:
+def append_csv(path: Path, row: Run) -> None:
     """Append `row`, after a header if the file is new; raises ValueError on a foreign header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    check_header(path)
+    check_header(path, type(row))
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(row)], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(asdict(row))
 
 
-def check_header(path: Path) -> None:
-    """Raise ValueError if `path` holds rows of other columns than ours."""
+def check_header(path: Path, kind: type[Run]) -> None:
+    """Raise ValueError if `path` holds rows of other columns than those of `kind`."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open(newline="") as file:
-        if tuple(next(csv.reader(file))) != FIELDS:
+        if next(csv.reader(file)) != [field.name for field in fields(kind)]:
             raise ValueError(f"{path} has other columns than this version writes; use another file")
 
 
-def read_csv(path: Path) -> list[Measurement]:
+def read_csv(path: Path, kind: type[Row]) -> list[Row]:
     """All rows of `path`, in order; raises ValueError on a foreign header."""
-    check_header(path)
+    check_header(path, kind)
+    types = {field.name: str(field.type) for field in fields(kind)}
     with path.open(newline="") as file:
         return [
-            Measurement(**{name: _READ[_TYPES[name]](text) for name, text in row.items()})
+            kind(**{name: _READ[types[name]](text) for name, text in row.items()})
             for row in csv.DictReader(file)
         ]
+
+
+def align(lines: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """A table as text; the first line is the head, and the columns named in `left` are aligned left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, cell, width in zip(lines[0], line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +228,7 @@ class Summary:
     attended_share: float | None  # of all layers
     sparse_share: float | None  # of the sparse layers
     peak_memory_bytes: int | None  # maximum over rounds
+    kv_capacity_tokens: int | None  # minimum over rounds
     rounds: int
 
     @property
@@ -175,6 +262,7 @@ def _summarise_group(
         if row.backend != row.baseline and (key := (row.date, row.round, case)) in baseline_ms
     ]
     memory = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
+    capacity = [row.kv_capacity_tokens for row in rows if row.kv_capacity_tokens is not None]
     return Summary(
         case=case,
         arm=arm,
@@ -185,6 +273,7 @@ def _summarise_group(
         attended_share=_share((row.attended_tokens, row.context_tokens) for row in rows),
         sparse_share=_share((row.sparse_attended_tokens, row.sparse_context_tokens) for row in rows),
         peak_memory_bytes=max(memory, default=None),
+        kv_capacity_tokens=min(capacity, default=None),
         rounds=len(rows),
     )
 

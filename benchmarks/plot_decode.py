@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from common import Case, Measurement, Summary, read_csv, summarise
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 TIMES = "\u00d7"
 COLOURS = ("#8c96a3", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes
@@ -38,13 +39,13 @@ STYLE: dict[Any, Any] = {
 
 
 def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -> list[Measurement]:
-    """Rows that may stand in one picture: one commit, shape, dtype, machine and baseline."""
+    """Rows that may stand in one picture: one commit, shape, dtype (and cache), machine and baseline."""
     wanted = [r for r in rows if commit in (None, r.commit) and shape in (None, r.shape)]
     if not wanted:
         return []
 
     def kind(row: Measurement) -> tuple[str | int, ...]:
-        return (row.commit, row.shape, row.dtype, row.machine, row.cores, row.baseline)
+        return (row.commit, row.shape, row.dtype, row.kv_cache_dtype, row.machine, row.cores, row.baseline)
 
     return [row for row in wanted if kind(row) == kind(wanted[-1])]
 
@@ -129,10 +130,15 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
         if compared:
             draw_speedups(panels[0, 1], summaries, colours)
         figure.supxlabel(caption(rows), fontsize=7.5, color="#57606a")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=160, metadata=metadata)
-        plt.close(figure)
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture without a date, so that the same rows give the same bytes, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=160, metadata=metadata)
+    plt.close(figure)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -146,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     if args.out.suffix not in (".svg", ".png"):
         parser.error("the picture's name must end in .svg or .png")
     try:
-        rows = choose(read_csv(args.csv), args.commit, args.shape)
+        rows = choose(read_csv(args.csv, Measurement), args.commit, args.shape)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not rows:
