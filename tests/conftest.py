@@ -7,9 +7,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter, which has to be asked for before triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Operations on tiny models are too small for two threads, which mostly wait for each other.
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -17,6 +22,14 @@ ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # Tokens of the demo models that are one ASCII character each. After a prompt that ends within a character,
 # vLLM's detokenizer returns the prompt's text with the answer's.
 PRINTABLE = (7, 101)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need a CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

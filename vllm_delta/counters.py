@@ -20,17 +20,32 @@ DENSE_REASONS = {
 
 _COLUMNS = ("rows", "attended_tokens", "context_tokens")
 
+#: What GPU kernels count beside them, in sparse layers: reasons of dense rows that only they see in a graph.
+_DEVICE_REASONS = ("prefill", "within_budget")
+
 
 class Counters:
     """The counts of one worker since it started; tensor parallel ranks all count the same tokens."""
 
-    def __init__(self) -> None:
-        self._by_role = {role: torch.zeros(len(_COLUMNS), dtype=torch.int64) for role in Role}
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        on_cpu = torch.device(device).type == "cpu"
+        columns = len(_COLUMNS) + (0 if on_cpu else len(_DEVICE_REASONS))
+        self._by_role = {role: torch.zeros(columns, dtype=torch.int64, device=device) for role in Role}
         self._dense_rows = dict.fromkeys(DENSE_REASONS, 0)
 
     def of(self, role: Role) -> Tensor:
-        """int64 ``[3]`` for the kernels to add to: rows, attended tokens, context tokens."""
+        """int64 for the kernels to add to: rows, attended tokens, context tokens.
+
+        On a GPU two more: rows that a sparse layer served in full because they belong to a prompt, and
+        because they fit the budget.
+        """
         return self._by_role[role]
+
+    def reset(self) -> None:
+        """Forget what was counted so far: the runs that warm an engine up."""
+        for counts in self._by_role.values():
+            counts.zero_()
+        self._dense_rows = dict.fromkeys(DENSE_REASONS, 0)
 
     def add_dense_rows(self, reason: str, rows: int) -> None:
         """Count rows that ran dense; `reason` is a key of `DENSE_REASONS`."""
@@ -38,15 +53,20 @@ class Counters:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain numbers; the totals are over the decode rows of all eligible layers."""
+        by_role = {role: counts.tolist() for role, counts in self._by_role.items()}
         layers = {
-            role.value: dict(zip(_COLUMNS, counts.tolist(), strict=True))
-            for role, counts in self._by_role.items()
+            role.value: dict(zip(_COLUMNS, counts[: len(_COLUMNS)], strict=True))
+            for role, counts in by_role.items()
         }
+        dense_rows = dict(self._dense_rows)
+        for counts in by_role.values():
+            for reason, rows in zip(_DEVICE_REASONS, counts[len(_COLUMNS) :], strict=False):
+                dense_rows[reason] += rows
         return {
             "attended_tokens": sum(counts["attended_tokens"] for counts in layers.values()),
             "context_tokens": sum(counts["context_tokens"] for counts in layers.values()),
             "layers": layers,
-            "dense_rows": dict(self._dense_rows),
+            "dense_rows": dense_rows,
         }
 
 

@@ -88,7 +88,7 @@ def select_pages(scores: Tensor, budget_pages: int, recent_pages: int, sink_page
 
 def kept_tokens(pages: Tensor, page_size: int, length: int) -> Tensor:
     """The tokens of the kept pages, ascending: ``[pages]`` to ``[tokens]``; the last page may be partial."""
-    tokens = (pages[:, None] * page_size + torch.arange(page_size)).flatten()
+    tokens = (pages[:, None] * page_size + torch.arange(page_size, device=pages.device)).flatten()
     return tokens[tokens < length]
 
 
@@ -151,7 +151,7 @@ def sparse_attention(
     outputs = []
     for row, length in enumerate(seq_lens):
         keys, values = gather_sequence(kv_cache, block_table[row], length)
-        tokens = kept_tokens(table[row], page_size, length)
+        tokens = kept_tokens(table[row].to(keys.device), page_size, length)
         probabilities = attention_probabilities(query[row], keys[tokens], scale, softcap, sinks)
         outputs.append(_weighted_sum(probabilities, values[tokens]))
     return torch.stack(outputs)

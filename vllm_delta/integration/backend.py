@@ -8,6 +8,8 @@ from vllm.platforms import current_platform
 
 if current_platform.is_cpu():
     from vllm_delta.integration.cpu import DeltaCPUBackend as DeltaBackend
+elif current_platform.is_cuda():
+    from vllm_delta.integration.cuda import DeltaCUDABackend as DeltaBackend
 else:
     from vllm.v1.attention.backend import AttentionBackend
 
@@ -22,7 +24,7 @@ else:
         @classmethod
         def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
             """Reasons why DELTA cannot be selected, which vLLM puts into its error."""
-            return [f"this version has kernels for CPUs only, not for {current_platform.device_name}"]
+            return [f"DELTA has kernels for CPUs and CUDA GPUs, not for {current_platform.device_name}"]
 
 
 __all__ = ["DeltaBackend"]

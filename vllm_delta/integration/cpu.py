@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -27,18 +25,16 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_delta import ops
 from vllm_delta.config import DeltaConfig, DeltaConfigError
+from vllm_delta.integration.layers import local_attention_layers, log_plan, make_local_plan
 from vllm_delta.integration.state import DeltaState
 from vllm_delta.integration.validation import (
     check_block_size,
     check_isa,
     check_layer,
-    declared_full_attention_layers,
 )
 from vllm_delta.ops import AttentionParameters, Rows, SelectionTable
-from vllm_delta.plan import Plan, Role, make_plan
+from vllm_delta.plan import Role
 from vllm_delta.step import PrefillBatch, split_step
-
-logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaCPUBackend(CPUAttentionBackend):  # type: ignore[misc]
@@ -260,18 +256,14 @@ def _shared_state(vllm_config: VllmConfig) -> DeltaState:
     if state is not None:
         return state
     config = DeltaConfig.from_additional_config(vllm_config.additional_config)
-    layers = {
-        extract_layer_index(name): layer
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
-        if isinstance(layer.impl, DeltaCPUImpl)
-    }
+    layers = local_attention_layers(vllm_config, DeltaCPUImpl)
     eligible = {index: layer.impl for index, layer in layers.items() if _is_eligible(layer)}
     if not eligible:
         raise DeltaConfigError(
             "DELTA was selected for a model that has no layer with full attention; accepted: models "
             "that have some"
         )
-    plan = _make_local_plan(config, vllm_config, set(layers), set(eligible))
+    plan = make_local_plan(config, vllm_config, set(layers), set(eligible))
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     max_length = vllm_config.model_config.max_model_len
     workspaces = [
@@ -288,7 +280,7 @@ def _shared_state(vllm_config: VllmConfig) -> DeltaState:
         layer.impl.delta = state
         layer.impl.role = plan.roles.get(index)
     if get_tensor_model_parallel_rank() == 0:
-        _log_plan(state)
+        log_plan(config, plan, state.nbytes)
     return state
 
 
@@ -298,39 +290,4 @@ def _is_eligible(layer: Attention) -> bool:
         and isinstance(layer.impl, DeltaCPUImpl)
         and layer.impl.sliding_window == -1
         and not getattr(layer, "is_draft_layer", False)
-    )
-
-
-def _make_local_plan(
-    config: DeltaConfig, vllm_config: VllmConfig, local: set[int], local_eligible: set[int]
-) -> Plan:
-    """This rank's part of the model's plan.
-
-    A rank sees its own layers; which of the others are eligible is known from the model's configuration.
-    """
-    model = vllm_config.model_config
-    declared = set(declared_full_attention_layers(vllm_config))
-    eligible = sorted((declared - local) | local_eligible)
-    num_layers = model.get_total_num_hidden_layers()
-    text_config = model.hf_text_config
-    known = (text_config.model_type, num_layers, getattr(text_config, "hidden_size", 0))
-    plan = make_plan(config, eligible, num_layers, known)
-    return plan.for_rank(sorted(local_eligible))
-
-
-def _log_plan(state: DeltaState) -> None:
-    config, plan = state.config, state.plan
-    if plan.layers(Role.SPARSE):
-        saving = f"saves work from {config.budget_tokens + 1} tokens of context on"
-    else:
-        saving = "saves nothing: this plan has no sparse layer"
-    logger.info(
-        "DELTA: %s; budget %d tokens (%d recent, %d sink) in pages of %d; workspace %d bytes; %s",
-        plan.describe(),
-        config.budget_tokens,
-        config.recent_tokens,
-        config.sink_tokens,
-        config.page_size,
-        state.nbytes,
-        saving,
     )

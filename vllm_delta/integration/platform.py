@@ -1,7 +1,7 @@
-"""vLLM's CPU platform, with DELTA among its attention backends.
+"""vLLM's platforms, with DELTA's checks and worker where DELTA is selected.
 
-The CPU platform ignores every attention backend but its own, so the method that chooses has to be overridden.
-Everything else is the platform's, and nothing changes while another backend is selected.
+The CPU platform also ignores every attention backend but its own, so the method that chooses has to be
+overridden there. Everything else is the platform's, and nothing changes while another backend is selected.
 """
 
 from __future__ import annotations
@@ -17,16 +17,47 @@ from vllm.version import __version__ as vllm_version
 from vllm_delta.config import DeltaConfig
 from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.plugin import BACKEND_NAME
-from vllm_delta.integration.validation import check_config, selects_delta
+from vllm_delta.integration.validation import (
+    GPU_PAGE_SIZES,
+    check_block_size,
+    check_config,
+    check_cpu_cache,
+    selects_delta,
+)
+from vllm_delta.ops import PAGE_SIZES
 
 logger = init_logger(f"vllm.{__name__}")
 
 _CPU_BACKEND_PATH = "vllm_delta.integration.cpu.DeltaCPUBackend"
-_VLLM_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-_DELTA_WORKER = "vllm_delta.integration.worker.DeltaCPUWorker"
+
+#: vLLM's workers, and DELTA's in their place
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_delta.integration.worker.DeltaCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_delta.integration.gpu_worker.DeltaGPUWorker",
+}
 
 
 class DeltaPlatformMixin:
+    """What DELTA changes about a platform class."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """Refuse what DELTA cannot serve before any process starts; choose DELTA's block size and worker."""
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if not selects_delta(vllm_config):
+            return
+        warning = unsupported_version(vllm_version)
+        if warning is not None:
+            logger.warning_once(warning)
+        if issubclass(cls, DeltaCpuPlatformMixin):
+            _prepare_cpu(vllm_config)
+        else:
+            check_config(vllm_config, GPU_PAGE_SIZES)  # the block size is chosen later, and checked then
+        parallel = vllm_config.parallel_config
+        parallel.worker_cls = _WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+
+
+class DeltaCpuPlatformMixin(DeltaPlatformMixin):
     """What DELTA changes about a CPU platform class."""
 
     @classmethod
@@ -41,25 +72,20 @@ class DeltaPlatformMixin:
         )
 
     @classmethod
-    def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Refuse what DELTA cannot serve before any process starts; choose DELTA's block size and worker."""
-        super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        if not selects_delta(vllm_config):
-            return
-        warning = unsupported_version(vllm_version)
-        if warning is not None:
-            logger.warning_once(warning)
-        choose_block_size(vllm_config)
-        check_config(vllm_config)
-        if vllm_config.parallel_config.worker_cls == _VLLM_WORKER:
-            vllm_config.parallel_config.worker_cls = _DELTA_WORKER
-
-    @classmethod
     def update_block_size_for_backend(cls, vllm_config: Any) -> None:
         """Keep DELTA's block size, where vLLM (from 0.33 on) sets its own when the model is loaded."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if selects_delta(vllm_config):
             choose_block_size(vllm_config)
+
+
+def _prepare_cpu(vllm_config: Any) -> None:
+    """Choose the block size, and check what vLLM's CPU platform does not."""
+    choose_block_size(vllm_config)
+    check_config(vllm_config, PAGE_SIZES)
+    config = DeltaConfig.from_additional_config(vllm_config.additional_config)
+    check_block_size(config, vllm_config.cache_config.block_size)
+    check_cpu_cache(vllm_config)
 
 
 def choose_block_size(vllm_config: Any) -> None:
@@ -80,19 +106,25 @@ def choose_block_size(vllm_config: Any) -> None:
 _base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 
 
-class DeltaCpuPlatform(DeltaPlatformMixin, _base):  # type: ignore[misc]
+class DeltaCpuPlatform(DeltaCpuPlatformMixin, _base):  # type: ignore[misc]
     """The platform that vLLM would choose on this CPU, with DELTA."""
 
 
 def adopt_platform(platform: Any) -> None:
-    """Add DELTA to a CPU platform that vLLM chose without asking us.
+    """Add DELTA to a platform that vLLM chose without asking us; on other hardware, do nothing.
 
-    That happens where another platform plugin is installed, where ``VLLM_TARGET_DEVICE=cpu`` keeps platform
-    plugins out, and where ``VLLM_PLUGINS`` names only some. The object stays the same, so whoever holds it
-    sees the change.
+    That happens on GPUs, and on CPUs where another platform plugin is installed, where
+    ``VLLM_TARGET_DEVICE=cpu`` keeps platform plugins out, and where ``VLLM_PLUGINS`` names only some. The
+    object stays the same, so whoever holds it sees the change.
     """
     base = type(platform)
     if issubclass(base, DeltaPlatformMixin):
         return
-    platform.__class__ = type(f"Delta{base.__name__}", (DeltaPlatformMixin, base), {})
-    logger.info("DELTA is added to the active platform, %s", base.__name__)
+    if platform.is_cpu():
+        mixin: type = DeltaCpuPlatformMixin
+        logger.info("DELTA is added to the active platform, %s", base.__name__)
+    elif platform.is_cuda():
+        mixin = DeltaPlatformMixin
+    else:
+        return
+    platform.__class__ = type(f"Delta{base.__name__}", (mixin, base), {})

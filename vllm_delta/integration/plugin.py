@@ -16,14 +16,14 @@ _PLATFORM_GROUP = "vllm.platform_plugins"
 
 
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``: make DELTA known, and effective on the CPU.
+    """Entry point of ``vllm.general_plugins``: make DELTA known, and effective on this platform.
 
     Does nothing more for a user who does not select DELTA. May be called more than once.
     """
     register_backend()
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() or current_platform.is_cuda():
         from vllm_delta.integration.platform import adopt_platform
 
         adopt_platform(current_platform)

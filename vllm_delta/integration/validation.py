@@ -11,8 +11,11 @@ from typing import Any
 
 from vllm_delta.config import DeltaConfig, DeltaConfigError
 from vllm_delta.integration.plugin import BACKEND_NAME
-from vllm_delta.ops import LAYOUTS, PAGE_SIZES
+from vllm_delta.ops import LAYOUTS
 from vllm_delta.plan import make_plan
+
+#: Page sizes of the GPU's kernels, in tokens; they are imported on GPUs only.
+GPU_PAGE_SIZES = (1, 8, 16, 32, 64, 128)
 
 #: Speculative decoding methods that bring no attention layers of their own.
 _SPECULATIVE_METHODS = ("ngram",)
@@ -25,24 +28,32 @@ def selects_delta(vllm_config: Any) -> bool:
     return any(backend is not None and backend.name == BACKEND_NAME for backend in selected)
 
 
-def check_config(vllm_config: Any) -> None:
+def check_config(vllm_config: Any, page_sizes: tuple[int, ...]) -> None:
     """Check everything that is known before the model is loaded.
 
     Args:
         vllm_config: vLLM's `VllmConfig`, after its platform has completed it.
+        page_sizes: of the platform's kernels, in tokens.
 
     Raises:
         DeltaConfigError: names the key or option and what is accepted.
     """
     config = DeltaConfig.from_additional_config(vllm_config.additional_config)
-    if config.page_size not in PAGE_SIZES:
+    if config.page_size not in page_sizes:
         raise DeltaConfigError(
-            f"delta.page_size must be one of {', '.join(map(str, PAGE_SIZES))} on the CPU, "
+            f"delta.page_size must be one of {', '.join(map(str, page_sizes))} on this platform, "
             f"not {config.page_size}"
         )
     _check_options(vllm_config)
     if vllm_config.model_config is not None:
         _check_model(vllm_config, config)
+
+
+def check_cpu_cache(vllm_config: Any) -> None:
+    """Raise `DeltaConfigError` for a type of KV cache that the CPU's kernels do not read."""
+    if vllm_config.model_config is not None:
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        _check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
 
 
 def check_block_size(config: DeltaConfig, block_size: int) -> None:
@@ -75,6 +86,16 @@ def check_layer(*, attn_type: str, alibi_slopes: object | None, kv_cache_dtype: 
     _check_cache_dtype(kv_cache_dtype)
     if head_size % 16:
         raise DeltaConfigError(f"DELTA needs a head size that is a multiple of 16, not {head_size}")
+
+
+def check_cuda_layer(*, attn_type: str, alibi_slopes: object | None, head_size: int) -> None:
+    """Check one attention layer as vLLM builds it on a GPU; arguments and error as in `check_layer`."""
+    if attn_type != "decoder":
+        raise DeltaConfigError(f"DELTA serves decoder models; this model has {attn_type} attention layers")
+    if alibi_slopes is not None:
+        raise DeltaConfigError("DELTA does not serve models with ALiBi; accepted: RoPE and the like")
+    if head_size % 8 or head_size > 256:
+        raise DeltaConfigError(f"DELTA needs a head size of up to 256, a multiple of 8, not {head_size}")
 
 
 def _check_cache_dtype(cache_dtype: str, model_dtype: str | None = None) -> None:
@@ -133,9 +154,9 @@ def _check_model(vllm_config: Any, config: DeltaConfig) -> None:
         raise DeltaConfigError(f"{name} attends to prefixes in both directions, which DELTA does not serve")
     if getattr(model, "rswa_window", None) is not None:
         raise DeltaConfigError(f"{name} uses reference sliding-window attention, which DELTA does not serve")
-    dtype = str(model.dtype).removeprefix("torch.")
-    _check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
-    check_block_size(config, vllm_config.cache_config.block_size)
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size:  # else it follows the page size
+        check_block_size(config, cache.block_size)
     # The layers themselves are not known yet; as far as the settings go, all may be eligible.
     num_layers = model.get_total_num_hidden_layers()
     make_plan(config, declared_full_attention_layers(vllm_config), num_layers)

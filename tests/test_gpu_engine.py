@@ -1,0 +1,134 @@
+"""DELTA inside vLLM on a GPU: both model runners, full CUDA graphs and eager, mixed steps, preemptions."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import in_fresh_process
+from demo_model import build_demo_model
+
+pytestmark = pytest.mark.gpu
+
+SMALL = {
+    "budget_tokens": 256,
+    "recent_tokens": 32,
+    "sink_tokens": 16,
+    "full_layers": 1,
+    "selection_layers": [1, 4],
+}
+LENGTHS = [40, 700, 256, 1300, 16, 333, 900, 257]
+STEPS = 64
+
+#: Two candidates whose log-probabilities differ by less than this may change places: logits between 8 and 16
+#: are multiples of 1/16 in bfloat16, and each may be rounded the other way.
+NEAR_TIE = 0.13
+
+# backend, DELTA's settings, vLLM's options, environment
+ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, str]]] = {
+    "dense": ("FLASH_ATTN", None, {}, {}),
+    "large budget": ("DELTA", None, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "graphs": ("DELTA", SMALL, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "eager": ("DELTA", SMALL, {"enforce_eager": True}, {}),
+    "V1 runner": ("DELTA", SMALL, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "chunks": ("DELTA", SMALL, {"max_num_batched_tokens": 200}, {}),
+    "preemptions": ("DELTA", SMALL, {"num_gpu_blocks_override": 190}, {}),
+    "large blocks": ("DELTA", SMALL, {"block_size": 64}, {}),
+    "fp8 cache, dense": ("FLASH_ATTN", None, {"kv_cache_dtype": "fp8"}, {}),
+    "fp8 cache": ("DELTA", None, {"kv_cache_dtype": "fp8"}, {}),
+    "ngram": (
+        "DELTA",
+        SMALL,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        {},
+    ),
+}
+
+
+def generate(model, backend, delta, options):
+    """Two batches of answers, the second with prompts that hit the prefix cache, and DELTA's counters."""
+    from engines import start_engine
+
+    generator = random.Random(0)
+    prompts = [[generator.randrange(10, 500) for _ in range(length)] for length in LENGTHS]
+    options = {"dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": 1 << 28, **options}
+    with start_engine(model, backend, delta, **options) as engine:
+        first = engine.generate(prompts, STEPS, logprobs=2)
+        again = engine.generate(prompts, STEPS, logprobs=2)
+        return (
+            first,
+            again,
+            engine.counters() if backend == "DELTA" else {},
+            engine.metric("vllm:num_preemptions"),
+        )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What all engines answer; they run beside one another, since most of their time is start-up."""
+    model = build_demo_model(
+        tmp_path_factory.mktemp("models") / "bf16",
+        dtype="bfloat16",
+        num_layers=7,
+        hidden_size=256,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+    )
+
+    def run(name):
+        backend, delta, options, environment = ENGINES[name]
+        spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # this process has looked for GPUs
+        return in_fresh_process(generate, model, backend, delta, options, **spawn, **environment)
+
+    with ThreadPoolExecutor(11) as pool:
+        return dict(zip(ENGINES, pool.map(run, ENGINES), strict=True))
+
+
+def assert_same_until_near_tie(answers, expected):
+    """Greedy tokens agree up to the first step where two candidates are as good as equal."""
+    agreed = 0
+    for answer, other in zip(answers, expected, strict=True):
+        pairs = zip(answer.tokens, other.tokens, strict=True)
+        step = next((step for step, (a, b) in enumerate(pairs) if a != b), None)
+        agreed += len(other.tokens) if step is None else step
+        if step is not None:
+            first, second = sorted(other.logprobs[step].values(), reverse=True)[:2]
+            assert first - second < NEAR_TIE, f"step {step}: {answer.tokens[step]} for {other.tokens[step]}"
+    assert agreed > len(expected) * STEPS / 4, "near-ties everywhere: the comparison shows nothing"
+
+
+def test_budget_of_the_context_equals_dense(results):
+    dense, again, _, _ = results["dense"]
+    first, second, counts, _ = results["large budget"]
+    assert_same_until_near_tie(first, dense)
+    assert_same_until_near_tie(second, again)
+    assert counts["layers"]["sparse"]["rows"] > 0
+    assert counts["attended_tokens"] == counts["context_tokens"] > 0
+
+
+def test_fp8_cache_equals_dense(results):
+    assert_same_until_near_tie(results["fp8 cache"][0], results["fp8 cache, dense"][0])
+
+
+@pytest.mark.parametrize("name", ["graphs", "V1 runner", "chunks", "preemptions", "large blocks", "ngram"])
+def test_same_answers_as_eager(results, name):
+    expected, _, _, _ = results["eager"]
+    first, second, counts, preemptions = results[name]
+    assert_same_until_near_tie(first, expected)
+    assert_same_until_near_tie(second, expected)
+    sparse = counts["layers"]["sparse"]
+    assert 0 < sparse["attended_tokens"] < 0.7 * sparse["context_tokens"]
+    assert (preemptions > 0) == (name == "preemptions")
+
+
+def test_counters(results):
+    rows = 2 * len(LENGTHS) * (STEPS - 1)
+    for name in ("graphs", "eager", "V1 runner"):
+        layers = results[name][2]["layers"]
+        assert layers["full"]["rows"] == rows
+        assert layers["selection"]["rows"] == 2 * rows
+        assert layers["sparse"]["rows"] - results[name][2]["dense_rows"]["prefill"] <= 4 * rows

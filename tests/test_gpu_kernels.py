@@ -1,0 +1,239 @@
+"""The Triton kernels against the reference: in Triton's interpreter without a GPU, compiled with one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from gpu_cases import DEVICE, Batch, Case, eager_error, expect, expect_sparse
+
+from vllm_delta import reference
+from vllm_delta.gpu import ops
+from vllm_delta.integration import validation
+
+MIXED = (1, 300, 0, 64, 65, 17, 129)
+
+CASES = {
+    "mixed lengths": Case(MIXED),
+    "float16": Case(MIXED, dtype=torch.float16),
+    "one row": Case((500,), budget_tokens=128),
+    "one kv head per head": Case((130, 260), num_heads=3, num_kv_heads=3),
+    "16 heads a kv head": Case((130, 260), num_heads=16, num_kv_heads=1),
+    "7 heads a kv head": Case((130, 260), num_heads=14, num_kv_heads=2, head_size=128),
+    "head size 96": Case((200, 77), head_size=96),
+    "head size 192": Case((200, 77), head_size=192),
+    "head size 256": Case((200, 77), head_size=256),
+    "page 1": Case((200, 64, 65), page_size=1, recent_tokens=5, sink_tokens=3),
+    "page 8": Case((200, 64, 65), page_size=8),
+    "page 32 in 32": Case(
+        (400, 129), page_size=32, block_size=32, budget_tokens=128, recent_tokens=32, sink_tokens=0
+    ),
+    "page 16 in 64": Case((400, 129), block_size=64),
+    "page 128": Case(
+        (900, 129), page_size=128, block_size=128, budget_tokens=512, recent_tokens=128, sink_tokens=128
+    ),
+    "recent only": Case((400,), recent_tokens=64, sink_tokens=0),
+    "budget of forced pages": Case((400,), recent_tokens=32, sink_tokens=32),
+    "soft cap": Case((200, 90), softcap=5.0),
+    "sinks": Case((200, 90), sinks=True),
+    "fp8 cache": Case((200, 90), fp8=True),
+    "a prompt's last token": Case((200, 150), dense_rows=(1,)),
+    "no room for logits": Case(MIXED, logit_tokens=0),
+    "room for some logits": Case((300, 300, 300), logit_tokens=600),
+    "no room, fp8, soft cap": Case((200, 90), fp8=True, softcap=5.0, logit_tokens=0),
+}
+
+
+def check_batch(batch: Batch) -> None:
+    """A selection and a sparse layer, every row; raises AssertionError with the row."""
+    case = batch.case
+    batch.make_schedule()
+    full, full_counts = batch.run(sparse=False)
+    sparse, sparse_counts = batch.run(sparse=True)
+    attended = 0
+    for row, length in enumerate(case.lengths):
+        if length == 0:
+            continue
+        token = int(batch.rows.tokens[row])
+        exact = expect(batch, row)
+        tolerance = 2 * eager_error(batch, row, exact.full) + 2e-3 * exact.full.abs().max().item()
+        assert (full[token].double() - exact.full).abs().max() <= tolerance, f"row {row}"
+        pages = batch.kept(row)
+        attended += int((reference.kept_tokens(pages, case.page_size, length) >= 0).sum())
+        if row not in case.dense_rows:
+            check_selection(pages, exact.scores.cpu(), exact.pages.cpu(), row)
+        expected = expect_sparse(batch, row, pages)
+        assert (sparse[token].double() - expected).abs().max() <= tolerance, f"row {row}"
+    written = torch.zeros(len(full), dtype=torch.bool)
+    written[[int(batch.rows.tokens[row]) for row, length in enumerate(case.lengths) if length]] = True
+    for output in (full, sparse):
+        assert bool(output[written].isfinite().all()), "not everything was written"
+        assert bool(output[~written].isnan().all()), "padding was written"
+    real = [length for length in case.lengths if length]
+    assert full_counts[:3].tolist() == [len(real), sum(real), sum(real)]
+    assert sparse_counts[:3].tolist() == [len(real), attended, sum(real)]
+    budget_pages = batch.selection.budget_pages
+    within = [-(-length // case.page_size) <= budget_pages for length in case.lengths]
+    short = [
+        row for row, fits in enumerate(within) if fits and case.lengths[row] and row not in case.dense_rows
+    ]
+    assert sparse_counts[3:].tolist() == [len(case.dense_rows), len(short)]
+
+
+def check_selection(pages: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor, row: int) -> None:
+    """The same pages, but for those whose scores differ by less than rounding in float32."""
+    assert bool((pages.diff() > 0).all()), f"row {row}: pages are not ascending"
+    if torch.equal(pages, expected):
+        return
+    assert len(pages) == len(expected), f"row {row}"
+    chosen, missed = set(pages.tolist()), set(expected.tolist())
+    extra, missing = sorted(chosen - missed), sorted(missed - chosen)
+    gap = scores[missing].max() - scores[extra].min()
+    assert gap <= 2e-5 * scores[missing].max(), f"row {row}: {extra} kept in place of {missing}, {gap} worse"
+
+
+def test_page_sizes_are_those_that_settings_may_name() -> None:
+    assert validation.GPU_PAGE_SIZES == ops.PAGE_SIZES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_equal_reference(name: str) -> None:
+    check_batch(Batch(CASES[name]))
+
+
+@pytest.mark.parametrize("num_pages", [4, 5, 300, 2049, 5000])
+def test_select_pages(num_pages: int) -> None:
+    generator = torch.Generator().manual_seed(num_pages)
+    rows = 3
+    scores = torch.rand(rows, num_pages, generator=generator)
+    scores[1] = torch.randint(3, (num_pages,), generator=generator) / 4  # ties, zeros among them
+    scores[2] *= 1e-30
+    selection = ops.Selection(page_size=16, budget_tokens=64, recent_tokens=16, sink_tokens=16)
+    lengths = torch.full((rows,), num_pages * 16 - 3, dtype=torch.int32)
+    table = torch.full((rows, 4), -1, dtype=torch.int32, device=DEVICE)
+    ops.select_pages(scores.to(DEVICE), lengths.to(DEVICE), selection, table)
+    for row in range(rows):
+        assert table[row].tolist() == reference.select_pages(scores[row], 4, 1, 1).tolist()
+
+
+@pytest.mark.parametrize("lengths", [(1,), (5000,), (0, 0, 7), (4000, *[1] * 40), tuple(range(0, 3000, 131))])
+def test_schedule_covers_every_token_once(lengths: tuple[int, ...]) -> None:
+    batch = Batch(Case(lengths, num_heads=1, num_kv_heads=1, head_size=16))
+    batch.make_schedule()
+    kept = [_kept_length(length, batch.selection) for length in lengths]
+    for sparse, tokens in enumerate((list(lengths), kept)):
+        pieces = batch.schedule.pieces[sparse].tolist()
+        row_pieces = batch.schedule.row_pieces[sparse].tolist()
+        covered = [0] * len(lengths)
+        for index, (row, begin, end, *_) in enumerate(pieces):
+            if row < 0:
+                continue
+            first, count = row_pieces[row][:2]
+            assert first <= index < first + count
+            assert begin == covered[row] < end, "pieces of a row follow one another and are not empty"
+            covered[row] = end
+        assert covered == tokens
+    tuning, _ = ops._tunings(batch.shape, 2, len(lengths))
+    programs = ops._programs(1, tuning, DEVICE)
+    used = [piece for piece in batch.schedule.pieces[0].tolist() if piece[0] >= 0]
+    assert len(used) <= programs + sum(map(bool, lengths))
+    if len(lengths) < programs:
+        tiles = sum(-(-length // 128) for length in lengths)
+        assert len(used) <= programs
+        assert max(end - begin for _, begin, end, *_ in used) <= 128 * -(-tiles // (programs - len(lengths)))
+    assert batch.full_counters[:3].tolist() == [
+        2 * sum(map(bool, lengths)),
+        2 * sum(lengths),
+        2 * sum(lengths),
+    ]
+
+
+def _kept_length(length: int, selection: ops.Selection) -> int:
+    pages = -(-length // selection.page_size)
+    return length - max(0, pages - selection.budget_pages) * selection.page_size
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_random_batches() -> None:
+    """1,000 batches of 1 to 20k tokens, mixed and padded."""
+    generator = torch.Generator().manual_seed(1)
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    for seed in range(1000):
+        rows = pick(1, 2, 3, 5, 8, 16)
+        exponents = torch.rand(rows, generator=generator) * 4.301
+        lengths = [0 if pick(0, 1, 1, 1, 1) == 0 else int(10**exponent) for exponent in exponents.tolist()]
+        lengths[0] = max(lengths[0], 1)
+        page_size = pick(8, 16, 32)
+        kv_heads = pick(1, 2, 4)
+        case = Case(
+            tuple(lengths),
+            num_heads=kv_heads * pick(1, 4, 7),
+            num_kv_heads=kv_heads,
+            head_size=pick(64, 128),
+            page_size=page_size,
+            block_size=page_size * pick(2, 4),
+            budget_tokens=pick(256, 1024, 2048),
+            recent_tokens=128,
+            sink_tokens=pick(0, page_size),
+            dtype=(torch.bfloat16, torch.float16)[pick(0, 1)],
+            logit_tokens=pick(0, 1 << 19, 1 << 19, 1 << 19),
+            seed=seed,
+        )
+        try:
+            check_batch(Batch(case))
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.gpu
+def test_captured_graph_serves_other_batches() -> None:
+    """A graph captured for one batch, replayed over others of the same size, equals eager runs."""
+    lengths = [(3000, 17, 4096, 900), (0, 4096, 1, 2100), (5000, 5000, 0, 0)]
+    first = Batch(Case(tuple([5000] * 4), head_size=128, budget_tokens=512, logit_tokens=1 << 14))
+    first.make_schedule()
+    first.run(sparse=False)
+    output = torch.full_like(first.query, float("nan"))
+    counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    arguments = (
+        first.query,
+        first.kv_cache,
+        first.block_table,
+        first.rows,
+        first.schedule,
+        first.parameters,
+        first.workspace,
+        first.selection,
+        counters,
+    )
+    sparse_output = output.clone()
+    with torch.cuda.graph(graph):
+        ops.selection_attention(*arguments, output, first.table)
+        ops.sparse_attention(*arguments, sparse_output, first.table)
+    for seed, other in enumerate(lengths):
+        case = dataclasses.replace(first.case, lengths=other, seed=seed)
+        batch = Batch(dataclasses.replace(case, lengths=(*other[:3], 5000)))  # the same sizes of buffers
+        batch.case = case
+        for name in ("query", "kv_cache", "block_table"):
+            getattr(first, name).copy_(getattr(batch, name))
+        for name in ("tokens", "requests", "dense"):
+            getattr(first.rows, name).copy_(getattr(batch.rows, name))
+        new = torch.tensor(other, dtype=torch.int32, device=DEVICE)
+        first.rows.lengths.copy_(new)
+        batch.rows.lengths.copy_(new)
+        first.make_schedule()
+        batch.make_schedule()
+        output.fill_(float("nan"))
+        sparse_output.fill_(float("nan"))
+        first.table.fill_(1 << 30)
+        graph.replay()
+        full, _ = batch.run(sparse=False)
+        sparse, _ = batch.run(sparse=True)
+        assert torch.equal(output.nan_to_num(9), full.nan_to_num(9))
+        assert torch.equal(sparse_output.nan_to_num(9), sparse.nan_to_num(9))
+        assert bool(output.isfinite().any())

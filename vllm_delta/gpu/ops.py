@@ -1,0 +1,591 @@
+"""The GPU kernels as Python functions on tensors: what is launched, in which order, over which buffers.
+
+A *row* is one query token of one sequence. A step's rows are described by int32 tensors (`DecodeRows`). Rows
+come in chunks of a fixed capacity; a chunk has a `Schedule`, computed once a step and used by every layer.
+All buffers belong to a `Workspace`, are allocated once, and keep their addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language
+from torch import Tensor
+
+from vllm_delta.gpu.attention import attention_kernel, combine_kernel
+from vllm_delta.gpu.schedule import schedule_kernel
+from vllm_delta.gpu.scores import score_keys_kernel, score_logits_kernel
+from vllm_delta.gpu.select import select_kernel
+from vllm_delta.gpu.tuning import Tuning, choose_tuning
+
+#: Page sizes of the kernels, in tokens.
+PAGE_SIZES = (1, 8, 16, 32, 64, 128)
+
+#: Tokens of a tile of logits: the largest tile of the attention kernel and the largest page.
+LOGIT_TILE = 128
+
+#: Rows that one launch takes at most.
+MAX_CHUNK_ROWS = 1024
+
+#: Bytes that the page scores of one launch take at most, where that leaves room for a row.
+MAX_SCORES_BYTES = 128 << 20
+
+_COMPUTE = {
+    torch.float16: triton.language.float16,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float32: triton.language.float32,
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selection layer keeps, in tokens; all multiples of the page size."""
+
+    page_size: int
+    budget_tokens: int
+    recent_tokens: int
+    sink_tokens: int
+
+    @property
+    def budget_pages(self) -> int:
+        """`budget_tokens` in pages."""
+        return self.budget_tokens // self.page_size
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows of one step, all int32 ``[rows]`` on the GPU."""
+
+    #: index of the row's token in the query and the output
+    tokens: Tensor
+    #: index of the row's request in the block table
+    requests: Tensor
+    #: tokens that the row sees: its position in the sequence plus one; 0 for padding
+    lengths: Tensor
+    #: 1 for a row that sparse layers serve in full: the last token of a prompt, in a step of decode rows
+    dense: Tensor
+
+    def __len__(self) -> int:
+        return self.lengths.shape[0]
+
+    def slice(self, begin: int, end: int) -> DecodeRows:
+        """Rows `begin` to `end`, as views."""
+        return DecodeRows(
+            self.tokens[begin:end], self.requests[begin:end], self.lengths[begin:end], self.dense[begin:end]
+        )
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The shape of one layer's attention on this rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def padded_head_size(self) -> int:
+        """The head size as the kernels compute it, a power of two."""
+        return max(16, _next_power_of_2(self.head_size))
+
+    @property
+    def padded_group(self) -> int:
+        """Query heads of a KV head, padded to what matrix units take."""
+        return max(16, _next_power_of_2(self.num_heads // self.num_kv_heads))
+
+
+@dataclass(frozen=True)
+class AttentionParameters:
+    """What a layer's attention is made of, apart from its query and its cache."""
+
+    #: factor of the logits
+    scale: float
+    #: the model's type, in which the matrix products are computed
+    dtype: torch.dtype
+    #: c in ``c * tanh(x / c)``; 0 for none
+    softcap: float = 0.0
+    #: ``[num_heads]``: a logit per head that has no value; None for none
+    sinks: Tensor | None = None
+    #: factors of an fp8 query, key and value, one or (key, value) one per KV head; None: not quantised
+    scales: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the rows of one chunk are cut into pieces; see `vllm_delta.gpu.schedule`."""
+
+    #: int32 ``[2, pieces, 8]``, for selection layers and for sparse layers: the piece's row (-1: there is no
+    #: such piece), its first token, its end, the index of the row's token in the query, of its request in the
+    #: block table, the tokens that come from the selection table (all or 0), the first tile of the row's
+    #: logits (-1: they are not needed, -2: they have no room), the row's length
+    pieces: Tensor
+    #: int32 ``[2, rows, 4]``: first piece of the row, number of its pieces, index of its token, tokens it
+    #: attends to
+    row_pieces: Tensor
+
+    @classmethod
+    def allocate(cls, max_rows: int, num_kv_heads: int, device: torch.device | str) -> Schedule:
+        """Buffers for up to `max_rows` rows."""
+        programs = max(_programs(num_kv_heads, tuning, device) for tuning in _all_tunings())
+        return cls(
+            pieces=torch.empty(2, max_rows + programs, 8, dtype=torch.int32, device=device),
+            row_pieces=torch.empty(2, max_rows, 4, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the schedule takes."""
+        return self.pieces.nbytes + self.row_pieces.nbytes
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory of the kernels; layers run one after another and share it."""
+
+    #: rows of a chunk, at most
+    max_rows: int
+    #: tokens of a sequence, at most
+    max_length: int
+    #: float32: the logits of selection layers, in tiles of ``num_heads * LOGIT_TILE``
+    logits: Tensor
+    #: float32 ``[max_rows, pages]``
+    scores: Tensor
+    #: float32: the pieces' outputs
+    partial: Tensor
+    #: float32: the pieces' logarithms of sums
+    partial_lse: Tensor
+    #: float32: the rows' logarithms of sums
+    lse: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        shapes: set[LayerShape],
+        *,
+        max_rows: int,
+        max_length: int,
+        page_size: int,
+        logit_tokens: int,
+        device: torch.device | str,
+    ) -> Workspace:
+        """Allocate for layers of the given shapes.
+
+        Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads, D the head size and
+        P = programs * multiprocessors / KV heads: logits ``4 H logit_tokens``, page scores
+        ``4 r max_length / page_size``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
+        """
+        heads = max(shape.num_heads for shape in shapes)
+        pieces = max(
+            (max_rows + _programs(shape.num_kv_heads, tuning, device)) * shape.num_heads * shape.head_size
+            for shape in shapes
+            for tuning in _all_tunings()
+        )
+        min_head_size = min(shape.head_size for shape in shapes)
+
+        def empty(*size: int) -> Tensor:
+            return torch.empty(*size, dtype=torch.float32, device=device)
+
+        return cls(
+            max_rows=max_rows,
+            max_length=max_length,
+            logits=empty(-(-logit_tokens // LOGIT_TILE) * LOGIT_TILE * heads),
+            scores=empty(max_rows, -(-max_length // page_size)),
+            partial=empty(pieces),
+            partial_lse=empty(pieces // min_head_size),
+            lse=empty(max_rows * heads),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the workspace takes."""
+        return sum(
+            tensor.nbytes for tensor in (self.logits, self.scores, self.partial, self.partial_lse, self.lse)
+        )
+
+    def logit_capacity(self, num_heads: int) -> int:
+        """Tiles of logits that fit, for layers of `num_heads` heads."""
+        return self.logits.numel() // (LOGIT_TILE * num_heads)
+
+
+def chunk_rows(max_rows: int, max_length: int, page_size: int) -> int:
+    """Rows of a chunk, where up to `max_rows` come in one step: few enough for the page scores' memory."""
+    row_bytes = 4 * -(-max_length // page_size)
+    return max(1, min(max_rows, MAX_CHUNK_ROWS, MAX_SCORES_BYTES // row_bytes))
+
+
+def make_schedule(
+    schedule: Schedule,
+    rows: DecodeRows,
+    shape: LayerShape,
+    itemsize: int,
+    workspace: Workspace,
+    selection: Selection,
+    full_counters: Tensor,
+    full_layers: int,
+) -> None:
+    """Cut rows into pieces, for all layers of one step.
+
+    Args:
+        schedule: is written; has room for the rows.
+        rows: at most `workspace.max_rows`.
+        shape: of the layers.
+        itemsize: bytes of an element as the kernels compute it.
+        workspace: whose logits are given out.
+        selection: what is kept.
+        full_counters: int64 ``[>= 3]``: rows, attended and context tokens, to which the step's full layers
+            are added, since they run elsewhere.
+        full_layers: their number.
+    """
+    if len(rows) == 0:
+        return
+    selecting, sparse = _tunings(shape, itemsize, len(rows))
+    device = rows.lengths.device
+    schedule_kernel[(2,)](
+        rows.tokens,
+        rows.requests,
+        rows.lengths,
+        rows.dense,
+        schedule.pieces,
+        schedule.row_pieces,
+        full_counters,
+        len(rows),
+        schedule.pieces.shape[1],
+        schedule.row_pieces.shape[1],
+        _programs(shape.num_kv_heads, selecting, device),
+        _programs(shape.num_kv_heads, sparse, device),
+        workspace.logit_capacity(shape.num_heads),
+        full_layers,
+        selection.budget_tokens,
+        selection.page_size,
+        FULL_TILE=LOGIT_TILE,
+        SPARSE_TILE=sparse.tile,
+        LOGIT_TILE=LOGIT_TILE,
+        ROWS=max(16, _next_power_of_2(workspace.max_rows)),
+        num_warps=4,
+    )
+
+
+def selection_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    rows: DecodeRows,
+    schedule: Schedule,
+    parameters: AttentionParameters,
+    workspace: Workspace,
+    selection: Selection,
+    counters: Tensor,
+    output: Tensor,
+    table: Tensor,
+) -> None:
+    """A selection layer: full attention, and the pages for the sparse layers after it.
+
+    Args:
+        query: ``[tokens, num_heads, head_size]``, contiguous in the last dimension.
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, contiguous in the last dimension.
+        block_table: int32 ``[requests, blocks]``.
+        rows: at most `workspace.max_rows` rows.
+        schedule: made for these rows.
+        parameters: the layer's.
+        workspace: scratch.
+        selection: what to keep.
+        counters: int64 ``[5]``: rows, attended tokens, context tokens, dense rows, rows within the budget.
+        output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
+        table: int32 ``[rows, budget_pages]``: the selection table, is written.
+    """
+    _attention(
+        query,
+        kv_cache,
+        block_table,
+        rows,
+        schedule,
+        parameters,
+        workspace,
+        selection,
+        counters,
+        output,
+        table,
+        sparse=False,
+    )
+    page_scores(query, kv_cache, block_table, rows, schedule, parameters, workspace, selection)
+    select_pages(workspace.scores, rows.lengths, selection, table)
+
+
+def sparse_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    rows: DecodeRows,
+    schedule: Schedule,
+    parameters: AttentionParameters,
+    workspace: Workspace,
+    selection: Selection,
+    counters: Tensor,
+    output: Tensor,
+    table: Tensor,
+) -> None:
+    """A sparse layer: attention over the pages of the selection table; arguments as above."""
+    _attention(
+        query,
+        kv_cache,
+        block_table,
+        rows,
+        schedule,
+        parameters,
+        workspace,
+        selection,
+        counters,
+        output,
+        table,
+        sparse=True,
+    )
+
+
+def select_pages(scores: Tensor, lengths: Tensor, selection: Selection, table: Tensor) -> None:
+    """Page scores to the selection table.
+
+    Args:
+        scores: float32 ``[rows, pages]``, not negative; read up to each row's pages.
+        lengths: int32 ``[rows]``, tokens.
+        selection: what to keep.
+        table: int32 ``[rows, budget_pages]``: the first ``min(pages, budget_pages)`` entries are written.
+    """
+    if len(lengths) == 0:
+        return
+    page_size = selection.page_size
+    select_kernel[(len(lengths),)](
+        scores,
+        lengths,
+        table,
+        scores.stride(0),
+        table.stride(0),
+        selection.budget_pages,
+        selection.recent_tokens // page_size,
+        selection.sink_tokens // page_size,
+        PAGE=page_size,
+        CHUNK=2048,
+        num_warps=8,
+    )
+
+
+def page_scores(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    rows: DecodeRows,
+    schedule: Schedule,
+    parameters: AttentionParameters,
+    workspace: Workspace,
+    selection: Selection,
+) -> None:
+    """Page scores of the rows that exceed the budget, into `workspace.scores`; after their attention."""
+    if len(rows) == 0:
+        return
+    shape = _shape(query, kv_cache)
+    tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows))
+    num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
+    shares = min(8, _next_power_of_2(shape.num_kv_heads * 2))
+    score_logits_kernel[(num_pieces, shares)](
+        workspace.logits,
+        workspace.lse,
+        schedule.pieces,
+        workspace.scores,
+        workspace.scores.stride(0),
+        H=shape.num_heads,
+        H_PAD=_next_power_of_2(shape.num_heads),
+        PAGE=selection.page_size,
+        TILE=LOGIT_TILE,
+        SHARES=shares,
+        num_warps=4,
+    )
+    if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape.num_heads):
+        return  # there is room for the logits of any rows
+    q_scale, k_scale, _, quantized = _scales(parameters, query)
+    score_keys_kernel[(num_pieces, shares)](
+        query,
+        kv_cache,
+        block_table,
+        schedule.pieces,
+        workspace.lse,
+        workspace.scores,
+        q_scale,
+        k_scale,
+        parameters.scale,
+        parameters.softcap,
+        query.stride(0),
+        query.stride(1),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        block_table.stride(0),
+        workspace.scores.stride(0),
+        _head_stride(k_scale),
+        H=shape.num_heads,
+        KV_HEADS=shape.num_kv_heads,
+        GROUP=shape.padded_group,
+        D=shape.head_size,
+        D_PAD=shape.padded_head_size,
+        PAGE=selection.page_size,
+        BLOCK=kv_cache.shape[2],
+        TILE=LOGIT_TILE,
+        SHARES=shares,
+        SOFTCAP=parameters.softcap != 0,
+        QUANTIZED=quantized,
+        COMPUTE=_COMPUTE[parameters.dtype],
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    rows: DecodeRows,
+    schedule: Schedule,
+    parameters: AttentionParameters,
+    workspace: Workspace,
+    selection: Selection,
+    counters: Tensor,
+    output: Tensor,
+    table: Tensor,
+    *,
+    sparse: bool,
+) -> None:
+    shape = _shape(query, kv_cache)
+    _check(query, kv_cache, rows, workspace, selection, output, table)
+    if len(rows) == 0:
+        return
+    tuning = _tunings(shape, parameters.dtype.itemsize, len(rows))[sparse]
+    num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
+    q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
+    pieces, row_pieces = schedule.pieces[int(sparse)], schedule.row_pieces[int(sparse)]
+    attention_kernel[(num_pieces, shape.num_kv_heads)](
+        query,
+        kv_cache,
+        block_table,
+        pieces,
+        table,
+        workspace.logits,
+        workspace.partial,
+        workspace.partial_lse,
+        q_scale,
+        k_scale,
+        parameters.scale,
+        parameters.softcap,
+        query.stride(0),
+        query.stride(1),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        block_table.stride(0),
+        table.stride(0),
+        _head_stride(k_scale),
+        H=shape.num_heads,
+        KV_HEADS=shape.num_kv_heads,
+        GROUP=shape.padded_group,
+        D=shape.head_size,
+        D_PAD=shape.padded_head_size,
+        PAGE=selection.page_size,
+        BLOCK=kv_cache.shape[2],
+        TILE=tuning.tile,
+        LOGIT_TILE=LOGIT_TILE,
+        SPARSE=sparse,
+        SOFTCAP=parameters.softcap != 0,
+        QUANTIZED=quantized,
+        COMPUTE=_COMPUTE[parameters.dtype],
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+    sinks = parameters.sinks
+    combine_kernel[(len(rows), shape.num_heads)](
+        workspace.partial,
+        workspace.partial_lse,
+        rows.lengths,
+        rows.dense,
+        row_pieces,
+        counters,
+        workspace.lse if sinks is None else sinks,
+        v_scale,
+        output,
+        workspace.lse,
+        output.stride(0),
+        output.stride(1),
+        _head_stride(v_scale),
+        H=shape.num_heads,
+        KV_HEADS=shape.num_kv_heads,
+        D=shape.head_size,
+        D_PAD=shape.padded_head_size,
+        PIECES=16,
+        SPARSE=sparse,
+        SINKS=sinks is not None,
+        QUANTIZED=quantized,
+        num_warps=2,
+    )
+
+
+def _check(
+    query: Tensor,
+    kv_cache: Tensor,
+    rows: DecodeRows,
+    workspace: Workspace,
+    selection: Selection,
+    output: Tensor,
+    table: Tensor,
+) -> None:
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    _, num_heads, head_size = query.shape
+    assert width == 2 * head_size and num_heads % num_kv_heads == 0
+    assert block_size % selection.page_size == 0 and selection.page_size in PAGE_SIZES
+    assert query.stride(2) == kv_cache.stride(3) == output.stride(2) == 1
+    assert len(rows) <= workspace.max_rows and len(rows) <= table.shape[0]
+    assert table.shape[1] >= selection.budget_pages
+
+
+def _shape(query: Tensor, kv_cache: Tensor) -> LayerShape:
+    return LayerShape(query.shape[1], kv_cache.shape[1], query.shape[2])
+
+
+def _scales(parameters: AttentionParameters, placeholder: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    if parameters.scales is None:
+        return placeholder, placeholder, placeholder, False
+    return (*parameters.scales, True)
+
+
+def _head_stride(scale: Tensor) -> int:
+    """Elements from one KV head's scale to the next; 0 for one scale of all."""
+    return 1 if scale.dim() == 1 and scale.numel() > 1 else 0
+
+
+def _tunings(shape: LayerShape, itemsize: int, rows: int) -> tuple[Tuning, Tuning]:
+    size, units = shape.padded_head_size, rows * shape.num_kv_heads
+    return (
+        choose_tuning(size, itemsize, units, sparse=False),
+        choose_tuning(size, itemsize, units, sparse=True),
+    )
+
+
+def _all_tunings() -> list[Tuning]:
+    return [
+        choose_tuning(size, 2, units, sparse=sparse)
+        for size in (128, 256, 512)
+        for units in (1, 1 << 30)
+        for sparse in (False, True)
+    ]
+
+
+def _programs(num_kv_heads: int, tuning: Tuning, device: torch.device | str) -> int:
+    """Programs per KV head that the schedule aims at."""
+    return -(-tuning.programs * _multiprocessors(torch.device(device)) // num_kv_heads)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8  # the interpreter's stand-in
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

@@ -1,0 +1,152 @@
+"""Page scores of a selection layer (DELTA, arXiv 2510.09883), from the logits that its attention left.
+
+    s[t] = max_h p[h, t] = 2^(max_h (x[h, t] - L2[h]))          score[page] = sum of s[t] over its tokens
+
+with x and L2 as in `attention`. Rows whose logits had no room are scored from the keys, which gives the same
+and reads the keys a second time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_delta.gpu.attention import scaled_logits, token_offsets
+
+
+@triton.jit
+def store_page_scores(best, valid, scores_row_ptr, start, length, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """``[TILE]`` best logits, less L2, to the scores of the tile's pages."""
+    score = tl.where(valid, tl.exp2(best), 0.0)
+    pages = tl.sum(tl.reshape(score, (TILE // PAGE, PAGE)), 1)
+    page = start // PAGE + tl.arange(0, TILE // PAGE)
+    tl.store(scores_row_ptr + page, pages, mask=page < tl.cdiv(length, PAGE))
+
+
+@triton.jit
+def score_logits_kernel(
+    logits_ptr,  # float32 [tiles, H, TILE]
+    lse_ptr,  # float32 [rows, H], base 2
+    pieces_ptr,  # int32 [pieces, 8], see `Schedule` in ops.py
+    scores_ptr,  # float32 [rows, pages]
+    scores_stride,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """Every SHARES-th tile of one piece, of a row that has logits."""
+    piece = tl.program_id(0)
+    record_ptr = pieces_ptr + piece * 8
+    row = tl.load(record_ptr)
+    begin = tl.load(record_ptr + 1)
+    end = tl.load(record_ptr + 2)
+    first_tile = tl.load(record_ptr + 6)
+    length = tl.load(record_ptr + 7)
+    if (row < 0) | (first_tile < 0):
+        return
+    head = tl.arange(0, H_PAD)
+    position = tl.arange(0, TILE)
+    has_head = head < H
+    lse = tl.load(lse_ptr + row * H + head, mask=has_head, other=0.0)
+    scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
+    for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
+        tile = (first_tile + start // TILE).to(tl.int64)
+        x = tl.load(
+            logits_ptr + (tile * H + head[:, None]) * TILE + position[None, :],
+            mask=has_head[:, None],
+            other=-float("inf"),
+        )
+        best = tl.max(x - lse[:, None], 0)
+        store_page_scores(best, start + position < end, scores_row_ptr, start, length, PAGE, TILE)
+
+
+@triton.jit
+def score_keys_kernel(
+    query_ptr,  # [tokens, H, D]
+    kv_cache_ptr,  # [num_blocks, KV_HEADS, BLOCK, 2 * D]
+    block_table_ptr,  # int32 [requests, blocks]
+    pieces_ptr,  # int32 [pieces, 8], see `Schedule` in ops.py
+    lse_ptr,  # float32 [rows, H], base 2
+    scores_ptr,  # float32 [rows, pages]
+    q_scale_ptr,
+    k_scale_ptr,
+    scale,
+    softcap,
+    query_stride_token,
+    query_stride_head,
+    kv_stride_block,
+    kv_stride_head,
+    kv_stride_token,
+    block_table_stride,
+    scores_stride,
+    k_scale_stride,
+    H: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    SHARES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Every SHARES-th tile of one piece, of a row that needs scores and has no logits."""
+    piece = tl.program_id(0)
+    record_ptr = pieces_ptr + piece * 8
+    row = tl.load(record_ptr)
+    begin = tl.load(record_ptr + 1)
+    end = tl.load(record_ptr + 2)
+    token_of_row = tl.load(record_ptr + 3).to(tl.int64)
+    request = tl.load(record_ptr + 4).to(tl.int64)
+    length = tl.load(record_ptr + 7)
+    if (row < 0) | (tl.load(record_ptr + 6) != -2):
+        return
+    group = tl.arange(0, GROUP)
+    has_head = group < H // KV_HEADS
+    dim = tl.arange(0, D_PAD)
+    has_dim = dim < D
+    position = tl.arange(0, TILE)
+    query_row_ptr = query_ptr + token_of_row * query_stride_token
+    block_row_ptr = block_table_ptr + request * block_table_stride
+    scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
+    for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
+        token = start + position
+        valid = token < end
+        offsets = token_offsets(
+            token,
+            valid,
+            block_row_ptr,
+            block_row_ptr,
+            0,
+            kv_stride_block,
+            kv_stride_token,
+            False,
+            PAGE,
+            BLOCK,
+        )
+        best = tl.full([TILE], -float("inf"), tl.float32)
+        for kv_head in range(KV_HEADS):
+            head = kv_head * (H // KV_HEADS) + group
+            kv_head_offset = (tl.zeros([], tl.int64) + kv_head) * kv_stride_head
+            q = tl.load(
+                query_row_ptr + head[:, None] * query_stride_head + dim[None, :],
+                mask=has_head[:, None] & has_dim[None, :],
+                other=0.0,
+            ).to(COMPUTE)
+            k = tl.load(
+                kv_cache_ptr + kv_head_offset + offsets[None, :] + dim[:, None],
+                mask=valid[None, :] & has_dim[:, None],
+                other=0.0,
+            ).to(COMPUTE)
+            head_scale = scale
+            if QUANTIZED:
+                head_scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr + kv_head * k_scale_stride)
+            x = scaled_logits(tl.dot(q, k, input_precision="ieee"), head_scale, softcap, SOFTCAP)
+            lse = tl.load(lse_ptr + row * H + head, mask=has_head, other=float("inf"))
+            best = tl.maximum(best, tl.max(x - lse[:, None], 0))
+        store_page_scores(best, valid, scores_row_ptr, start, length, PAGE, TILE)

@@ -1,0 +1,356 @@
+"""DELTA on CUDA GPUs: an attention backend on the classes of vLLM's FLASH_ATTN.
+
+Prefill tokens, full layers and layers that DELTA does not make sparse go to FlashAttention as they are.
+Decode rows of selection and sparse layers go to DELTA's kernels, whose launches depend on the number of rows
+alone: steps of single tokens replay full CUDA graphs, mixed steps run between piecewise ones.
+
+What a step's layers need is prepared in `DeltaCUDAMetadataBuilder.build`, which vLLM calls before every step,
+also before it replays a graph; nothing there waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from vllm_delta.config import DeltaConfig
+from vllm_delta.gpu import ops
+from vllm_delta.integration.cuda_state import CudaState, set_up
+from vllm_delta.integration.validation import check_block_size, check_cuda_layer
+from vllm_delta.plan import Role
+from vllm_delta.step import PrefillBatch, split_step
+
+
+class DeltaCUDABackend(FlashAttentionBackend):  # type: ignore[misc]
+    """What vLLM asks an attention backend for."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The registered name."""
+        return "DELTA"
+
+    @staticmethod
+    def get_impl_cls() -> type[DeltaCUDAImpl]:
+        """The class of a layer's attention."""
+        return DeltaCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[DeltaCUDAMetadataBuilder]:
+        """The class that prepares each step."""
+        return DeltaCUDAMetadataBuilder
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """A KV block holds whole pages."""
+        vllm_config = get_current_vllm_config_or_none()
+        settings = None if vllm_config is None else vllm_config.additional_config
+        page_size = DeltaConfig.from_additional_config(settings).page_size
+        return int(super().get_preferred_block_size(max(default_block_size, page_size)))
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """What both FlashAttention and DELTA's kernels run."""
+        return bool(super().supports_head_size(head_size)) and head_size <= 256
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoder attention only."""
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """DELTA selects from a causal past."""
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """DELTA selects from a causal past."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """Not served."""
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """How rows are cut into pieces depends on the batch."""
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """The kernels take one scale per tensor."""
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """A mixed step is split on the CPU."""
+        return False
+
+
+@dataclass
+class PrefillPart:
+    """The prefill tokens of a mixed step and FlashAttention's metadata for them alone."""
+
+    #: which tokens of the step: a slice where they are neighbours, as they usually are, else int64 indices
+    tokens: slice | Tensor
+    metadata: FlashAttentionMetadata
+
+
+@dataclass
+class DeltaCUDAMetadata(FlashAttentionMetadata):  # type: ignore[misc]
+    """FlashAttention's metadata of the whole batch, and how DELTA splits it."""
+
+    #: decode rows, in chunks that one launch takes, each with its schedule; none where all is prefill
+    chunks: list[tuple[ops.DecodeRows, ops.Schedule]] = field(default_factory=list)
+    #: of a mixed step
+    prefill: PrefillPart | None = None
+
+
+class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """Prepares each step, once per KV cache group."""
+
+    # A table of one group must not be reused with another group's blocks.
+    supports_update_block_table = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs for steps of single tokens; a graph of a mixed step would freeze how it is split."""
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.delta = set_up(vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+        impls = [layer.impl for layer in layers if isinstance(layer.impl, DeltaCUDAImpl)]
+        self._roles = [impl.role for impl in impls if impl.role is not None]
+        self._sliding = sum(impl.role is None and impl.sliding_window != (-1, -1) for impl in impls)
+        self._not_eligible = len(impls) - len(self._roles) - self._sliding
+        if self._roles:
+            check_block_size(self.delta.config, self.block_size)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> DeltaCUDAMetadata:
+        """Split the batch into decode rows and prefill tokens, and cut the rows into pieces."""
+        common, state = common_attn_metadata, self.delta
+        whole = super().build(common_prefix_len, common, fast_build)
+        metadata = DeltaCUDAMetadata(**vars(whole))
+        state.counters.add_dense_rows("sliding_window", self._sliding * common.num_actual_tokens)
+        state.counters.add_dense_rows("not_eligible", self._not_eligible * common.num_actual_tokens)
+        if not self._roles:
+            return metadata
+        single = common.max_query_len == 1
+        rows = self._single_token_rows(common) if single else self._split(common, metadata)
+        if rows is not None:
+            metadata.chunks = self._schedule(rows)
+        return metadata
+
+    def _single_token_rows(self, common: CommonAttentionMetadata) -> ops.DecodeRows:
+        """One row per request, in buffers whose addresses a graph may keep."""
+        state, count = self.delta, common.num_reqs
+        state.mark_prompt_rows(self._prompt_lens(common), common)
+        return ops.DecodeRows(
+            tokens=common.query_start_loc[:count],
+            requests=state.requests[:count],
+            lengths=common.seq_lens[:count],
+            dense=state.dense[:count],
+        )
+
+    def _split(self, common: CommonAttentionMetadata, metadata: DeltaCUDAMetadata) -> ops.DecodeRows | None:
+        """The decode rows of a mixed step; its prefill part goes into `metadata`."""
+        lengths = common.seq_lens_cpu_upper_bound  # exact for prefill, and where nothing is speculated
+        prompt_lens = self._prompt_lens(common)
+        count = len(prompt_lens)
+        starts = common.query_start_loc_cpu[: count + 1]
+        step = split_step(starts, lengths[:count], prompt_lens)
+        self.delta.counters.add_dense_rows("prefill", step.num_prefill_tokens * len(self._roles))
+        if step.rows is None:
+            return None
+        if step.prefill is not None:
+            metadata.prefill = self._prefill_part(common, step.prefill)
+        rows = step.rows
+        before_end = lengths[:count][rows.requests.long()] - rows.lengths
+        packed = self._to_device(torch.stack([rows.tokens, rows.requests, before_end.int()]))
+        tokens, requests, before_end = packed.unbind()
+        return ops.DecodeRows(
+            tokens=tokens,
+            requests=requests,
+            lengths=common.seq_lens.index_select(0, requests) - before_end,
+            dense=torch.zeros_like(requests),
+        )
+
+    def _prefill_part(self, common: CommonAttentionMetadata, prefill: PrefillBatch) -> PrefillPart:
+        tokens, requests = (_neighbours(index) for index in (prefill.tokens, prefill.requests))
+        if not isinstance(tokens, slice):
+            tokens = self._to_device(tokens)
+        if not isinstance(requests, slice):
+            requests = self._to_device(requests)
+        batch = dataclasses.replace(
+            common,
+            query_start_loc=self._to_device(prefill.query_start_loc),
+            query_start_loc_cpu=prefill.query_start_loc,
+            seq_lens=self._to_device(prefill.seq_lens),
+            seq_lens_cpu_upper_bound=prefill.seq_lens,
+            num_reqs=len(prefill.seq_lens),
+            num_actual_tokens=len(prefill.tokens),
+            max_query_len=prefill.max_query_len,
+            max_seq_len=prefill.max_seq_len,
+            block_table_tensor=common.block_table_tensor[requests],
+            slot_mapping=common.slot_mapping[tokens],
+        )
+        # fast_build: the schedule made ahead lies in one buffer, which holds the whole batch's.
+        return PrefillPart(tokens, super().build(0, batch, fast_build=True))
+
+    def _schedule(self, rows: ops.DecodeRows) -> list[tuple[ops.DecodeRows, ops.Schedule]]:
+        state = self.delta
+        shape = ops.LayerShape(self.num_heads_q, self.num_heads_kv, self.headdim)
+        full_counters = state.counters.of(Role.FULL)
+        chunks = []
+        for index, begin in enumerate(range(0, len(rows), state.workspace.max_rows)):
+            chunk = rows.slice(begin, min(begin + state.workspace.max_rows, len(rows)))
+            schedule = state.schedule(shape, index)
+            ops.make_schedule(
+                schedule,
+                chunk,
+                shape,
+                self.model_config.dtype.itemsize,
+                state.workspace,
+                state.selection,
+                full_counters,
+                self._roles.count(Role.FULL),
+            )
+            chunks.append((chunk, schedule))
+        return chunks
+
+    def _prompt_lens(self, common: CommonAttentionMetadata) -> Tensor:
+        """Tokens of each prompt, int ``[requests]`` on the CPU, without padding."""
+        if self.delta.prompt_lens is not None:
+            prompt_lens = self.delta.prompt_lens(common)
+            if prompt_lens is not None:
+                return prompt_lens
+        # Without DELTA's worker, and in runs that capture graphs, only vLLM's own distinction is known.
+        if common.is_prefilling is None:
+            raise RuntimeError("vLLM did not say which requests are in their prompt")
+        count = len(common.is_prefilling)
+        return torch.where(common.is_prefilling, common.seq_lens_cpu_upper_bound[:count], 0)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
+    """Attention of one layer."""
+
+    #: set by `set_up` in the profiling run; None for a layer that is not eligible
+    delta: CudaState | None = None
+    role: Role | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_cuda_layer(attn_type=self.attn_type, alibi_slopes=self.alibi_slopes, head_size=self.head_size)
+        self._vllm_config = get_current_vllm_config()
+        self._parameters: ops.AttentionParameters | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: DeltaCUDAMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the layer's attention into `output`; arguments and shapes as in FLASH_ATTN."""
+        dense = super().forward
+        if attn_metadata is None:
+            # The profiling run: what DELTA allocates now is counted before the KV cache is sized.
+            set_up(self._vllm_config, query.device)
+        if attn_metadata is None or self.role in (None, Role.FULL) or not attn_metadata.chunks:
+            result: Tensor = dense(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+            return result
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantization is not supported by DELTA")
+        if (part := attn_metadata.prefill) is not None:
+            tokens = part.tokens
+            attended = output[tokens]
+            dense(layer, query[tokens], key, value, kv_cache, part.metadata, attended)
+            if isinstance(tokens, Tensor):
+                output[tokens] = attended
+        self._decode(layer, query, kv_cache, attn_metadata, output)
+        return output
+
+    def _decode(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: DeltaCUDAMetadata, output: Tensor
+    ) -> None:
+        assert self.delta is not None and self.role is not None
+        state = self.delta
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        if self._parameters is None:  # sinks and scales are weights, loaded after __init__
+            self._parameters = self._make_parameters(layer, query, output)
+        run = ops.selection_attention if self.role is Role.SELECTION else ops.sparse_attention
+        counters = state.counters.of(self.role)
+        begin = 0
+        for rows, schedule in attn_metadata.chunks:
+            run(
+                query,
+                kv_cache,
+                attn_metadata.block_table,
+                rows,
+                schedule,
+                self._parameters,
+                state.workspace,
+                state.selection,
+                counters,
+                output,
+                state.table[begin : begin + len(rows)],
+            )
+            begin += len(rows)
+
+    def _make_parameters(self, layer: Any, query: Tensor, output: Tensor) -> ops.AttentionParameters:
+        scales = None
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            # vLLM quantises the query where FlashAttention wants it so.
+            q_scale = layer._q_scale if query.dtype.itemsize == 1 else torch.ones_like(layer._q_scale)
+            scales = q_scale, layer._k_scale, layer._v_scale
+        return ops.AttentionParameters(
+            self.scale, output.dtype, float(self.logits_soft_cap), self.sinks, scales
+        )
+
+
+def _neighbours(indices: Tensor) -> slice | Tensor:
+    """A slice for ascending indices without gaps, else the indices."""
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first + 1 == len(indices) and bool((indices.diff() == 1).all()):
+        return slice(first, last + 1)
+    return indices

@@ -1,0 +1,187 @@
+"""What the layers of one GPU worker share: plan, selection table, workspace, counters.
+
+The buffers are allocated in vLLM's profiling run, when it measures what is left for the KV cache, and keep
+their addresses, which CUDA graphs hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+from vllm_delta.config import DeltaConfig, DeltaConfigError
+from vllm_delta.counters import Counters
+from vllm_delta.gpu import ops
+from vllm_delta.integration.layers import local_attention_layers, log_plan, make_local_plan
+from vllm_delta.plan import Plan
+
+#: The logits of selection layers take at most this share of the memory that is left for the KV cache.
+LOGITS_SHARE = 0.008
+
+
+@dataclass
+class CudaState:
+    """One per worker. Layers run one after another, so one table and one workspace serve them all."""
+
+    config: DeltaConfig
+    plan: Plan
+    selection: ops.Selection
+    workspace: ops.Workspace
+    counters: Counters
+    #: int32 ``[rows of a step, budget pages]``: the selection table
+    table: Tensor
+    #: int32: 0, 1, 2, ...
+    requests: Tensor
+    #: int32: 1 for rows of single-token steps that belong to a prompt
+    dense: Tensor
+    #: by layer shape, one for each chunk of a step
+    schedules: dict[ops.LayerShape, list[ops.Schedule]]
+    #: tokens of each prompt of a batch, int ``[requests]``, or None if unknown; set by DELTA's worker
+    prompt_lens: Callable[[CommonAttentionMetadata], Tensor | None] | None = None
+    _marked: bool = field(default=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that DELTA holds."""
+        schedules = sum(schedule.nbytes for group in self.schedules.values() for schedule in group)
+        tensors = self.table.nbytes + self.requests.nbytes + self.dense.nbytes
+        return self.workspace.nbytes + schedules + tensors
+
+    def schedule(self, shape: ops.LayerShape, index: int) -> ops.Schedule:
+        """The schedule of a step's chunk; those of single-token steps are allocated from the start."""
+        group = self.schedules[shape]
+        while len(group) <= index:
+            group.append(
+                ops.Schedule.allocate(self.workspace.max_rows, shape.num_kv_heads, self.table.device)
+            )
+        return group[index]
+
+    def mark_prompt_rows(self, prompt_lens: Tensor, common: CommonAttentionMetadata) -> None:
+        """Mark the rows of a single-token step that are the last token of a prompt: they attend in full."""
+        lengths = common.seq_lens_cpu_upper_bound
+        count = len(prompt_lens)
+        marks = (lengths[:count] <= prompt_lens) & (lengths[:count] > 0)
+        if not bool(marks.any()):
+            if self._marked:
+                self.dense.zero_()
+                self._marked = False
+            return
+        self.dense.zero_()
+        self.dense[:count].copy_(marks.int().pin_memory(), non_blocking=True)
+        self._marked = True
+
+
+def find_state(vllm_config: VllmConfig) -> CudaState | None:
+    """The state that this worker's layers share; None where it has not been set up."""
+    for layer in local_attention_layers(vllm_config, FlashAttentionImpl).values():
+        state: CudaState | None = getattr(layer.impl, "delta", None)
+        if state is not None:
+            return state
+    return None
+
+
+def set_up(vllm_config: VllmConfig, device: torch.device) -> CudaState:
+    """The worker's state; made, and handed to all its layers, by whoever asks first."""
+    state = find_state(vllm_config)
+    if state is not None:
+        return state
+    from vllm_delta.integration.cuda import DeltaCUDAImpl
+
+    config = DeltaConfig.from_additional_config(vllm_config.additional_config)
+    layers = local_attention_layers(vllm_config, DeltaCUDAImpl)
+    eligible = {index: layer for index, layer in layers.items() if _is_eligible(layer)}
+    if not eligible:
+        raise DeltaConfigError(
+            "DELTA was selected for a model that has no layer with full attention; accepted: models "
+            "that have some"
+        )
+    plan = make_local_plan(config, vllm_config, set(layers), set(eligible))
+    with torch.inference_mode(False):  # else steps could not write into what a profiling run allocates
+        state = _allocate(vllm_config, config, plan, eligible, device)
+    for index, layer in layers.items():
+        layer.impl.delta = state
+        layer.impl.role = plan.roles.get(index)
+    if get_tensor_model_parallel_rank() == 0:
+        log_plan(config, plan, state.nbytes)
+    return state
+
+
+def _allocate(
+    vllm_config: VllmConfig,
+    config: DeltaConfig,
+    plan: Plan,
+    eligible: dict[int, Attention],
+    device: torch.device,
+) -> CudaState:
+    shapes = {
+        ops.LayerShape(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size)
+        for layer in eligible.values()
+    }
+    scheduler = vllm_config.scheduler_config
+    max_length = vllm_config.model_config.max_model_len
+    graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    single_token_rows = max(scheduler.max_num_seqs, graph_rows)
+    max_rows = ops.chunk_rows(single_token_rows, max_length, config.page_size)
+    state = CudaState(
+        config=config,
+        plan=plan,
+        selection=ops.Selection(
+            config.page_size, config.budget_tokens, config.recent_tokens, config.sink_tokens
+        ),
+        workspace=ops.Workspace.allocate(
+            shapes,
+            max_rows=max_rows,
+            max_length=max_length,
+            page_size=config.page_size,
+            logit_tokens=_logit_tokens(vllm_config, list(eligible.values()), max_rows, device),
+            device=device,
+        ),
+        counters=Counters(device),
+        table=torch.zeros(
+            max(single_token_rows, scheduler.max_num_batched_tokens),
+            config.budget_pages,
+            dtype=torch.int32,
+            device=device,
+        ),
+        requests=torch.arange(single_token_rows, dtype=torch.int32, device=device),
+        dense=torch.zeros(single_token_rows, dtype=torch.int32, device=device),
+        schedules={shape: [] for shape in shapes},
+    )
+    for shape in shapes:
+        state.schedule(shape, math.ceil(single_token_rows / max_rows) - 1)
+    return state
+
+
+def _is_eligible(layer: Attention) -> bool:
+    is_draft = getattr(layer, "is_draft_layer", False)
+    return bool(type(layer) is Attention and layer.impl.sliding_window == (-1, -1) and not is_draft)
+
+
+def _logit_tokens(
+    vllm_config: VllmConfig, layers: list[Attention], max_rows: int, device: torch.device
+) -> int:
+    """Tokens of a chunk whose logits are kept.
+
+    All that the KV cache will hold, if `LOGITS_SHARE` of the memory left for it suffices. Sequences that
+    share a prefix may be longer together; `vllm_delta.gpu.scores` reads the keys of what has no room again.
+    """
+    most: int = max_rows * vllm_config.model_config.max_model_len
+    if device.type != "cuda":
+        return most
+    free, total = torch.cuda.mem_get_info(device)
+    left = max(0, free - int((1 - vllm_config.cache_config.gpu_memory_utilization) * total))
+    itemsize = (
+        1 if layers[0].impl.kv_cache_dtype.startswith("fp8") else vllm_config.model_config.dtype.itemsize
+    )
+    token_bytes: int = sum(2 * layer.impl.num_kv_heads * layer.impl.head_size * itemsize for layer in layers)
+    heads: int = max(layer.impl.num_heads for layer in layers)
+    return min(most, left // token_bytes, int(left * LOGITS_SHARE) // (4 * heads))
