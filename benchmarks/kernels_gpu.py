@@ -1,7 +1,7 @@
 """Time of one attention layer on a GPU: DELTA's kernels beside FlashAttention 3, on a cache of random tokens.
 
-    python benchmarks/kernels_gpu.py                   # appends to benchmarks/results/kernels_gpu.csv
-    python benchmarks/kernels_gpu.py --tune            # tries settings, writes nothing
+    python benchmarks/kernels.py                       # appends to benchmarks/results/kernels_gpu.csv
+    python benchmarks/kernels.py --tune                # tries settings, writes nothing
 
 Every kernel is captured into a CUDA graph that calls it on several caches in turn, so that no call finds its
 keys and values in the GPU's cache, and the graph's replay is timed. The kernels of a case alternate; a time
@@ -20,7 +20,7 @@ import argparse
 import csv
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -307,8 +307,8 @@ def tune(shape: ops.LayerShape) -> None:
                 )
 
 
-def main() -> None:
-    """Measure, print, append to the CSV."""
+def main(argv: Sequence[str]) -> int:
+    """Measure, print, append to the CSV; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--shapes", default=",".join(SHAPES))
@@ -316,14 +316,14 @@ def main() -> None:
     parser.add_argument("--commit", help="where the repository is not at hand")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels_gpu.csv")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device; benchmarks/kernels.py measures on the CPU")
+        parser.error("no CUDA device; benchmarks/kernels_cpu.py measures on the CPU")
     if arguments.tune:
         for name in arguments.shapes.split(","):
             tune(ops.LayerShape(*SHAPES[name]))
-        return
-    environment = describe_environment("benchmarks/kernels_gpu.py") | {"machine": find_machine()[1]}
+        return 0
+    environment = describe_environment("benchmarks/kernels.py") | {"machine": find_machine()[1]}
     if arguments.commit:
         environment["commit"] = arguments.commit
     bandwidth = copy_bandwidth()
@@ -355,7 +355,8 @@ def main() -> None:
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -215,4 +215,4 @@ def test_without_a_cpu_the_backend_says_why_it_cannot_be_selected(monkeypatch):
     backend = runpy.run_path(str(path))["DeltaBackend"]
     (reason,) = backend.validate_configuration()
     assert backend.get_name() == "DELTA"
-    assert "CPUs only" in reason
+    assert "CPUs and CUDA GPUs, not for" in reason

@@ -93,7 +93,7 @@ def expect_refusal(build, *parts):
         ({"sink_tokens": 8}, ["delta.sink_tokens must be a multiple of delta.page_size (16)"]),
         (
             {"page_size": 8},
-            ["delta.page_size must be one of 16, 32, 64, 128 on the CPU, not 8"],
+            ["delta.page_size must be one of 16, 32, 64, 128 on this platform, not 8"],
         ),
         ({"selection_layers": "2"}, ['delta.selection_layers must be "auto" or a list']),
         ({"selection_layers": [2, 2]}, ["delta.selection_layers must name each layer once"]),

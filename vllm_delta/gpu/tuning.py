@@ -1,6 +1,6 @@
 """Tile sizes and numbers of programs, by device and shape. Nothing here depends on lengths or batch contents.
 
-Measured with ``benchmarks/kernels_gpu.py --tune`` on one H200 (132 multiprocessors), in bfloat16 with a head
+Measured with ``benchmarks/kernels.py --tune`` on one H200 (132 multiprocessors), in bfloat16 with a head
 size of 128; other devices and sizes start from the same numbers. A program streams its piece of the cache
 through shared memory, ``num_stages`` tiles deep, so a tile shrinks as a token's key and value grow.
 """
