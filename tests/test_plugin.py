@@ -207,7 +207,7 @@ def test_the_tested_version_is_supported():
     assert compat.unsupported_version(version("vllm")) is None
 
 
-def test_without_a_cpu_the_backend_says_why_it_cannot_be_selected(monkeypatch):
+def test_on_other_hardware_the_backend_says_why_it_cannot_be_selected(monkeypatch):
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
