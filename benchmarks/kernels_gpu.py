@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 from unittest import mock
 
 import torch
@@ -60,7 +59,7 @@ class Layers:
     selection: ops.Selection
     workspace: ops.Workspace
     schedule: ops.Schedule
-    table: Tensor
+    table: ops.SelectionTable
     compact_table: Tensor
 
     @classmethod
@@ -104,13 +103,13 @@ class Layers:
             selection,
             workspace,
             ops.Schedule.allocate(batch, shape.num_kv_heads, device),
-            torch.zeros(batch, selection.budget_pages, dtype=torch.int32, device=device),
+            ops.SelectionTable.allocate(batch, selection.budget_pages, device),
             torch.empty(0),
         )
         layers.plan()
         layers.run_selection(0)
         kept = min(blocks_per_row, selection.budget_pages)
-        layers.compact_table = torch.gather(block_table, 1, layers.table[:, :kept].long())
+        layers.compact_table = torch.gather(block_table, 1, layers.table.pages[:, :kept].long())
         return layers
 
     def plan(self) -> None:
@@ -123,40 +122,51 @@ class Layers:
         self.output = torch.empty_like(self.queries[0])
         self.parameters = ops.AttentionParameters(self.shape.head_size**-0.5, torch.bfloat16)
 
-    def _results(self) -> Any:
-        return self.counters, self.output, self.table
-
-    def _arguments(self, copy: int) -> Any:
-        return (
-            self.queries[copy],
-            self.caches[copy],
-            self.block_table,
-            self.rows,
-            self.schedule,
-            self.parameters,
-            self.workspace,
-            self.selection,
+    def _inputs(self, copy: int) -> ops.LayerInputs:
+        return ops.LayerInputs(
+            self.queries[copy], self.caches[copy], self.block_table, self.rows, self.schedule, self.parameters
         )
 
     def run_selection(self, copy: int) -> None:
         """A selection layer."""
-        ops.selection_attention(*self._arguments(copy), *self._results())
+        ops.selection_attention(
+            self._inputs(copy), self.workspace, self.selection, self.counters, self.output, self.table
+        )
 
     def run_selection_attention(self, copy: int) -> None:
         """Its attention."""
-        ops._attention(*self._arguments(copy), *self._results(), sparse=False)
+        ops._attention(
+            self._inputs(copy),
+            self.workspace,
+            self.selection,
+            self.counters,
+            self.output,
+            self.table.pages,
+            sparse=False,
+            frames=False,
+        )
 
     def run_scores(self, copy: int) -> None:
         """Its page scores."""
-        ops.page_scores(*self._arguments(copy))
+        ops.page_scores(self._inputs(copy), self.workspace, self.selection)
 
     def run_select(self, copy: int) -> None:
         """Its selection."""
-        ops.select_pages(self.workspace.scores, self.rows.lengths, self.selection, self.table)
+        ops.select_pages(
+            self.workspace.scores, self.rows, self.block_table, BLOCK, self.selection, self.table
+        )
 
     def run_sparse(self, copy: int) -> None:
         """A sparse layer."""
-        ops.sparse_attention(*self._arguments(copy), *self._results())
+        ops.sparse_attention(
+            self._inputs(copy),
+            self.workspace,
+            self.selection,
+            self.counters,
+            self.output,
+            self.table,
+            same_blocks=True,
+        )
 
     def fa3(self, *, compact: bool) -> Callable[[int], None]:
         """FlashAttention 3 as vLLM calls it in a CUDA graph."""
@@ -276,7 +286,7 @@ def tune(shape: ops.LayerShape) -> None:
             for candidate in candidates:
                 if not sparse and candidate.tile * candidate.num_stages > 384:
                     continue
-                table = ((1024, candidate, candidate),)
+                table = (tuning.Choice(1024, 0, candidate, candidate),)
                 name = "_SPARSE" if sparse else "_SELECTION"
                 with mock.patch.object(tuning, name, table):
                     layers.schedule = ops.Schedule.allocate(layers.case.batch, shape.num_kv_heads, "cuda")

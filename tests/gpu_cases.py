@@ -102,12 +102,15 @@ class Batch:
             logit_tokens=case.logit_tokens,
             device=DEVICE,
         )
-        for buffer in ("logits", "scores", "partial", "partial_lse", "lse"):
+        self.workspace.logits.fill_(0x7FFF)
+        for buffer in ("logit_maxima", "scores", "partial", "partial_lse", "lse"):
             getattr(self.workspace, buffer).fill_(float("nan"))
         self.schedule = ops.Schedule.allocate(rows, case.num_kv_heads, DEVICE)
         for buffer in ("pieces", "row_pieces"):
             getattr(self.schedule, buffer).fill_(1 << 30)
-        self.table = torch.full((rows, self.selection.budget_pages), 1 << 30, dtype=torch.int32).to(DEVICE)
+        self.table = ops.SelectionTable.allocate(rows, self.selection.budget_pages, DEVICE)
+        self.table.pages.fill_(1 << 30)
+        self.table.frames.fill_(1 << 30)
         self.full_counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
 
     def make_schedule(self) -> None:
@@ -123,24 +126,22 @@ class Batch:
             2,
         )
 
-    def run(self, *, sparse: bool) -> tuple[Tensor, Tensor]:
+    @property
+    def inputs(self) -> ops.LayerInputs:
+        """What a layer reads."""
+        return ops.LayerInputs(
+            self.query, self.kv_cache, self.block_table, self.rows, self.schedule, self.parameters
+        )
+
+    def run(self, *, sparse: bool, same_blocks: bool = True) -> tuple[Tensor, Tensor]:
         """A layer's output, NaN where nothing was written, and its counters."""
         output = torch.full(self.query.shape, float("nan"), dtype=self.case.dtype, device=DEVICE)
         counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-        layer = ops.sparse_attention if sparse else ops.selection_attention
-        layer(
-            self.query,
-            self.kv_cache,
-            self.block_table,
-            self.rows,
-            self.schedule,
-            self.parameters,
-            self.workspace,
-            self.selection,
-            counters,
-            output,
-            self.table,
-        )
+        arguments = self.inputs, self.workspace, self.selection, counters, output, self.table
+        if sparse:
+            ops.sparse_attention(*arguments, same_blocks=same_blocks)
+        else:
+            ops.selection_attention(*arguments)
         return output, counters.cpu()
 
     def kept(self, row: int) -> Tensor:
@@ -148,7 +149,7 @@ class Batch:
         pages = -(-self.case.lengths[row] // self.case.page_size)
         if row in self.case.dense_rows:
             return torch.arange(pages)
-        return self.table[row, : min(pages, self.selection.budget_pages)].long().cpu()
+        return self.table.pages[row, : min(pages, self.selection.budget_pages)].long().cpu()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ TYPES = {
     "torch.bfloat16": "*bf16",
     "torch.float16": "*fp16",
     "torch.float32": "*fp32",
+    "torch.int16": "*i16",
     "torch.int32": "*i32",
     "torch.int64": "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -43,6 +44,8 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
+    from vllm_delta.gpu import ops
+
     compiled = 0
 
     def launch(kernel, *args, grid, warmup, **kwargs):
@@ -61,7 +64,8 @@ def compile_all() -> None:
             return TYPES[str(value.dtype)]
         return "fp32" if isinstance(value, float) else "i32"
 
-    with mock.patch.object(JITFunction, "run", launch):
+    hopper = mock.patch.object(ops, "_has_dependent_launch", lambda device: True)
+    with hopper, mock.patch.object(JITFunction, "run", launch):
         for case in (
             Case((200, 0), dtype=torch.bfloat16, head_size=128),
             Case(
@@ -71,7 +75,7 @@ def compile_all() -> None:
             batch = Batch(case)
             batch.make_schedule()
             batch.run(sparse=False)
-            batch.table.zero_()
+            batch.table.pages.zero_()
             batch.run(sparse=True)
     # Seven launches for both layers; one more to score from the keys.
     print(f"compiled {compiled} kernels")

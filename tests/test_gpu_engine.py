@@ -26,11 +26,18 @@ STEPS = 64
 #: are multiples of 1/16 in bfloat16, and each may be rounded the other way.
 NEAR_TIE = 0.13
 
+#: A page that falls out for another of about the same score changes the answers of random weights as much as
+#: another prompt would, so where the model's own arithmetic differs, only the first decode step is compared:
+#: its likeliest tokens. Rounding moves their log-probabilities by 0.15, another budget by 0.3 to 1.2.
+CANDIDATES = 20
+ROUNDING = 0.25
+
 # backend, DELTA's settings, vLLM's options, environment
 ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, str]]] = {
     "dense": ("FLASH_ATTN", None, {}, {}),
     "large budget": ("DELTA", None, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
     "graphs": ("DELTA", SMALL, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "no graphs": ("DELTA", SMALL, {"compilation_config": {"cudagraph_mode": "NONE"}}, {}),
     "eager": ("DELTA", SMALL, {"enforce_eager": True}, {}),
     "V1 runner": ("DELTA", SMALL, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     "chunks": ("DELTA", SMALL, {"max_num_batched_tokens": 200}, {}),
@@ -55,8 +62,8 @@ def generate(model, backend, delta, options):
     prompts = [[generator.randrange(10, 500) for _ in range(length)] for length in LENGTHS]
     options = {"dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": 1 << 28, **options}
     with start_engine(model, backend, delta, **options) as engine:
-        first = engine.generate(prompts, STEPS, logprobs=2)
-        again = engine.generate(prompts, STEPS, logprobs=2)
+        first = engine.generate(prompts, STEPS, logprobs=CANDIDATES)
+        again = engine.generate(prompts, STEPS, logprobs=CANDIDATES)
         return (
             first,
             again,
@@ -84,7 +91,7 @@ def results(tmp_path_factory):
         spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # this process has looked for GPUs
         return in_fresh_process(generate, model, backend, delta, options, **spawn, **environment)
 
-    with ThreadPoolExecutor(11) as pool:
+    with ThreadPoolExecutor(len(ENGINES)) as pool:
         return dict(zip(ENGINES, pool.map(run, ENGINES), strict=True))
 
 
@@ -114,12 +121,49 @@ def test_fp8_cache_equals_dense(results):
     assert_same_until_near_tie(results["fp8 cache"][0], results["fp8 cache, dense"][0])
 
 
-@pytest.mark.parametrize("name", ["graphs", "V1 runner", "chunks", "preemptions", "large blocks", "ngram"])
-def test_same_answers_as_eager(results, name):
-    expected, _, _, _ = results["eager"]
-    first, second, counts, preemptions = results[name]
-    assert_same_until_near_tie(first, expected)
-    assert_same_until_near_tie(second, expected)
+def distance_at_first_decode(answer, other):
+    """Largest difference of the log-probabilities at the first decode step; None after another token.
+
+    Infinite where the two do not share most of their candidates.
+    """
+    if answer.tokens[0] != other.tokens[0]:
+        return None
+    ours, theirs = answer.logprobs[1], other.logprobs[1]
+    common = ours.keys() & theirs.keys()
+    if len(common) < 0.75 * CANDIDATES:
+        return float("inf")
+    return max(abs(ours[token] - theirs[token]) for token in common)
+
+
+def assert_close_at_first_decode(answers, expected):
+    """All answers whose first token, which prefill gives, is the same, and these are most."""
+    pairs = zip(answers, expected, strict=True)
+    distances = [distance for pair in pairs if (distance := distance_at_first_decode(*pair)) is not None]
+    assert len(distances) > len(expected) / 2
+    assert max(distances) < ROUNDING
+
+
+def test_first_decode_step_tells_sparse_from_dense(results):
+    """What the tests below compare would show another selection."""
+    sparse, dense = results["no graphs"][0], results["dense"][0]
+    long = [index for index, length in enumerate(LENGTHS) if length > 1.2 * SMALL["budget_tokens"]]
+    distances = [distance_at_first_decode(sparse[index], dense[index]) for index in long]
+    assert max(distance for distance in distances if distance is not None) > 2 * ROUNDING
+
+
+@pytest.mark.parametrize("name", ["graphs", "V1 runner", "large blocks"])
+def test_same_tokens_as_without_graphs(results, name):
+    """The same arithmetic gives the same tokens, whoever launches it and wherever the cache's blocks lie."""
+    assert [answer.tokens for answer in results[name][0]] == [
+        answer.tokens for answer in results["no graphs"][0]
+    ]
+
+
+@pytest.mark.parametrize("name", ["eager", "V1 runner", "chunks", "preemptions", "ngram"])
+def test_first_decode_step_is_the_same(results, name):
+    """Without compilation and in steps of other shapes the model rounds otherwise, but selects the same."""
+    first, _, counts, preemptions = results[name]
+    assert_close_at_first_decode(first, results["no graphs"][0])
     sparse = counts["layers"]["sparse"]
     assert 0 < sparse["attended_tokens"] < 0.7 * sparse["context_tokens"]
     assert (preemptions > 0) == (name == "preemptions")
@@ -127,7 +171,7 @@ def test_same_answers_as_eager(results, name):
 
 def test_counters(results):
     rows = 2 * len(LENGTHS) * (STEPS - 1)
-    for name in ("graphs", "eager", "V1 runner"):
+    for name in ("graphs", "no graphs", "eager", "V1 runner"):
         layers = results[name][2]["layers"]
         assert layers["full"]["rows"] == rows
         assert layers["selection"]["rows"] == 2 * rows

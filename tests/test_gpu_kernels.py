@@ -51,6 +51,8 @@ def check_batch(batch: Batch) -> None:
     batch.make_schedule()
     full, full_counts = batch.run(sparse=False)
     sparse, sparse_counts = batch.run(sparse=True)
+    from_pages, _ = batch.run(sparse=True, same_blocks=False)
+    assert torch.equal(sparse.nan_to_num(9), from_pages.nan_to_num(9))
     attended = 0
     for row, length in enumerate(case.lengths):
         if length == 0:
@@ -82,7 +84,7 @@ def check_batch(batch: Batch) -> None:
 
 
 def check_selection(pages: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor, row: int) -> None:
-    """The same pages, but for those whose scores differ by less than rounding in float32."""
+    """The same pages, but for those whose scores differ by less than the logits are rounded."""
     assert bool((pages.diff() > 0).all()), f"row {row}: pages are not ascending"
     if torch.equal(pages, expected):
         return
@@ -90,7 +92,7 @@ def check_selection(pages: torch.Tensor, scores: torch.Tensor, expected: torch.T
     chosen, missed = set(pages.tolist()), set(expected.tolist())
     extra, missing = sorted(chosen - missed), sorted(missed - chosen)
     gap = scores[missing].max() - scores[extra].min()
-    assert gap <= 2e-5 * scores[missing].max(), f"row {row}: {extra} kept in place of {missing}, {gap} worse"
+    assert gap <= 1e-4 * scores[missing].max(), f"row {row}: {extra} kept in place of {missing}, {gap} worse"
 
 
 def test_page_sizes_are_those_that_settings_may_name() -> None:
@@ -111,10 +113,16 @@ def test_select_pages(num_pages: int) -> None:
     scores[2] *= 1e-30
     selection = ops.Selection(page_size=16, budget_tokens=64, recent_tokens=16, sink_tokens=16)
     lengths = torch.full((rows,), num_pages * 16 - 3, dtype=torch.int32)
-    table = torch.full((rows, 4), -1, dtype=torch.int32, device=DEVICE)
-    ops.select_pages(scores.to(DEVICE), lengths.to(DEVICE), selection, table)
+    index = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    blocks = -(-num_pages // 2)
+    block_table = torch.randperm(rows * blocks, generator=generator).int().view(rows, -1)
+    table = ops.SelectionTable.allocate(rows, 4, DEVICE)
+    decode_rows = ops.DecodeRows(index, index, lengths.to(DEVICE), torch.zeros_like(index))
+    ops.select_pages(scores.to(DEVICE), decode_rows, block_table.to(DEVICE), 32, selection, table)
     for row in range(rows):
-        assert table[row].tolist() == reference.select_pages(scores[row], 4, 1, 1).tolist()
+        expected = reference.select_pages(scores[row], 4, 1, 1)
+        assert table.pages[row].tolist() == expected.tolist()
+        assert table.frames[row].tolist() == (block_table[row][expected // 2] * 2 + expected % 2).tolist()
 
 
 @pytest.mark.parametrize("lengths", [(1,), (5000,), (0, 0, 7), (4000, *[1] * 40), tuple(range(0, 3000, 131))])
@@ -154,34 +162,50 @@ def _kept_length(length: int, selection: ops.Selection) -> int:
     return length - max(0, pages - selection.budget_pages) * selection.page_size
 
 
+# KV heads, query heads of each, head size, page size, pages of a block, type
+SHAPES = [
+    (1, 1, 64, 16, 2, torch.float16),
+    (2, 6, 128, 16, 1, torch.bfloat16),
+    (4, 7, 128, 16, 1, torch.bfloat16),
+    (8, 4, 128, 32, 4, torch.bfloat16),
+    (1, 16, 128, 8, 2, torch.bfloat16),
+    (2, 3, 64, 64, 1, torch.float16),
+    (4, 1, 96, 16, 4, torch.bfloat16),
+    (2, 5, 192, 128, 1, torch.bfloat16),
+    (1, 8, 256, 16, 1, torch.float16),
+    (3, 2, 128, 1, 16, torch.bfloat16),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_random_batches() -> None:
-    """1,000 batches of 1 to 20k tokens, mixed and padded."""
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_random_batches(index: int) -> None:
+    """1,000 batches in all, of 1 to 20k tokens, mixed and padded."""
+    kv_heads, group, head_size, page_size, pages_per_block, dtype = SHAPES[index]
+    generator = torch.Generator().manual_seed(index)
 
     def pick(*choices: int) -> int:
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
-    for seed in range(1000):
-        rows = pick(1, 2, 3, 5, 8, 16)
-        exponents = torch.rand(rows, generator=generator) * 4.301
+    for seed in range(100):
+        exponents = torch.rand(pick(1, 2, 3, 5, 8, 16), generator=generator) * 4.301
         lengths = [0 if pick(0, 1, 1, 1, 1) == 0 else int(10**exponent) for exponent in exponents.tolist()]
         lengths[0] = max(lengths[0], 1)
-        page_size = pick(8, 16, 32)
-        kv_heads = pick(1, 2, 4)
+        recent = max(page_size, pick(32, 128))
         case = Case(
             tuple(lengths),
-            num_heads=kv_heads * pick(1, 4, 7),
+            num_heads=kv_heads * group,
             num_kv_heads=kv_heads,
-            head_size=pick(64, 128),
+            head_size=head_size,
             page_size=page_size,
-            block_size=page_size * pick(2, 4),
-            budget_tokens=pick(256, 1024, 2048),
-            recent_tokens=128,
+            block_size=page_size * pages_per_block,
+            budget_tokens=max(3 * page_size, pick(256, 1024, 2048)),
+            recent_tokens=recent,
             sink_tokens=pick(0, page_size),
-            dtype=(torch.bfloat16, torch.float16)[pick(0, 1)],
-            logit_tokens=pick(0, 1 << 19, 1 << 19, 1 << 19),
+            dtype=dtype,
+            dense_rows=(0,) if pick(0, 0, 0, 1) else (),
+            logit_tokens=pick(0, 1 << 13, 1 << 19, 1 << 19),
             seed=seed,
         )
         try:
@@ -200,21 +224,11 @@ def test_captured_graph_serves_other_batches() -> None:
     output = torch.full_like(first.query, float("nan"))
     counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
-    arguments = (
-        first.query,
-        first.kv_cache,
-        first.block_table,
-        first.rows,
-        first.schedule,
-        first.parameters,
-        first.workspace,
-        first.selection,
-        counters,
-    )
+    arguments = first.inputs, first.workspace, first.selection, counters
     sparse_output = output.clone()
     with torch.cuda.graph(graph):
         ops.selection_attention(*arguments, output, first.table)
-        ops.sparse_attention(*arguments, sparse_output, first.table)
+        ops.sparse_attention(*arguments, sparse_output, first.table, same_blocks=True)
     for seed, other in enumerate(lengths):
         case = dataclasses.replace(first.case, lengths=other, seed=seed)
         batch = Batch(dataclasses.replace(case, lengths=(*other[:3], 5000)))  # the same sizes of buffers
@@ -230,7 +244,8 @@ def test_captured_graph_serves_other_batches() -> None:
         batch.make_schedule()
         output.fill_(float("nan"))
         sparse_output.fill_(float("nan"))
-        first.table.fill_(1 << 30)
+        first.table.pages.fill_(1 << 30)
+        first.table.frames.fill_(1 << 30)
         graph.replay()
         full, _ = batch.run(sparse=False)
         sparse, _ = batch.run(sparse=True)

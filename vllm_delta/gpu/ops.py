@@ -17,13 +17,19 @@ from vllm_delta.gpu.attention import attention_kernel, combine_kernel
 from vllm_delta.gpu.schedule import schedule_kernel
 from vllm_delta.gpu.scores import score_keys_kernel, score_logits_kernel
 from vllm_delta.gpu.select import select_kernel
-from vllm_delta.gpu.tuning import Tuning, choose_tuning
+from vllm_delta.gpu.tuning import MIN_TILE, Tuning, all_tunings, choose_tuning
 
 #: Page sizes of the kernels, in tokens.
 PAGE_SIZES = (1, 8, 16, 32, 64, 128)
 
 #: Tokens of a tile of logits: the largest tile of the attention kernel and the largest page.
 LOGIT_TILE = 128
+
+#: Bytes of a logit, with its share of the tiles' maxima.
+LOGIT_BYTES = 2 + 4 / MIN_TILE
+
+#: Programs that score a piece of a row.
+SCORE_SHARES = 32
 
 #: Rows that one launch takes at most.
 MAX_CHUNK_ROWS = 1024
@@ -91,8 +97,18 @@ class LayerShape:
 
     @property
     def padded_group(self) -> int:
+        """Query heads of a KV head, padded to a power of two."""
+        return _next_power_of_2(self.num_heads // self.num_kv_heads)
+
+    @property
+    def padded_heads(self) -> int:
+        """Query heads, with those of each KV head padded to a power of two."""
+        return self.num_kv_heads * self.padded_group
+
+    @property
+    def columns(self) -> int:
         """Query heads of a KV head, padded to what matrix units take."""
-        return max(16, _next_power_of_2(self.num_heads // self.num_kv_heads))
+        return max(8, self.padded_group)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class AttentionParameters:
     softcap: float = 0.0
     #: ``[num_heads]``: a logit per head that has no value; None for none
     sinks: Tensor | None = None
-    #: factors of an fp8 query, key and value, one or (key, value) one per KV head; None: not quantised
+    #: factors of an fp8 query, key and value, one each; None: not quantised
     scales: tuple[Tensor, Tensor, Tensor] | None = None
 
 
@@ -127,7 +143,7 @@ class Schedule:
     @classmethod
     def allocate(cls, max_rows: int, num_kv_heads: int, device: torch.device | str) -> Schedule:
         """Buffers for up to `max_rows` rows."""
-        programs = max(_programs(num_kv_heads, tuning, device) for tuning in _all_tunings())
+        programs = max(_programs(num_kv_heads, tuning, device) for tuning in all_tunings())
         return cls(
             pieces=torch.empty(2, max_rows + programs, 8, dtype=torch.int32, device=device),
             row_pieces=torch.empty(2, max_rows, 4, dtype=torch.int32, device=device),
@@ -140,6 +156,54 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class SelectionTable:
+    """The pages that each row keeps, ascending; a row's first ``min(pages, budget_pages)`` entries count."""
+
+    #: int32 ``[rows, budget_pages]``: pages of the sequence
+    pages: Tensor
+    #: int32 ``[rows, budget_pages]``: where they lie in caches that the selection layer's block table
+    #: describes, ``block * pages_per_block + page of the block``
+    frames: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, budget_pages: int, device: torch.device | str) -> SelectionTable:
+        """A table of zeros."""
+        pages, frames = torch.zeros(2, rows, budget_pages, dtype=torch.int32, device=device)
+        return cls(pages, frames)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the table takes."""
+        return self.pages.nbytes + self.frames.nbytes
+
+    def slice(self, begin: int, end: int) -> SelectionTable:
+        """Rows `begin` to `end`, as views."""
+        return SelectionTable(self.pages[begin:end], self.frames[begin:end])
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer's attention of one chunk of rows reads."""
+
+    #: ``[tokens, num_heads, head_size]``, contiguous in the last dimension
+    query: Tensor
+    #: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, contiguous in the last dimension
+    kv_cache: Tensor
+    #: int32 ``[requests, blocks]``
+    block_table: Tensor
+    #: at most `Workspace.max_rows` rows
+    rows: DecodeRows
+    #: made for these rows
+    schedule: Schedule
+    parameters: AttentionParameters
+
+    @property
+    def shape(self) -> LayerShape:
+        """The layer's shape."""
+        return LayerShape(self.query.shape[1], self.kv_cache.shape[1], self.query.shape[2])
+
+
+@dataclass(frozen=True)
 class Workspace:
     """Scratch memory of the kernels; layers run one after another and share it."""
 
@@ -147,8 +211,10 @@ class Workspace:
     max_rows: int
     #: tokens of a sequence, at most
     max_length: int
-    #: float32: the logits of selection layers, in tiles of ``num_heads * LOGIT_TILE``
+    #: int16: the logits of selection layers, in tiles of ``padded_heads * LOGIT_TILE``
     logits: Tensor
+    #: float32: the largest logit of each tile of the attention kernel and head
+    logit_maxima: Tensor
     #: float32 ``[max_rows, pages]``
     scores: Tensor
     #: float32: the pieces' outputs
@@ -171,25 +237,29 @@ class Workspace:
     ) -> Workspace:
         """Allocate for layers of the given shapes.
 
-        Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads, D the head size and
-        P = programs * multiprocessors / KV heads: logits ``4 H logit_tokens``, page scores
+        Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads (H' with each KV head's padded
+        to a power of two), D the head size, T the least tile of the attention kernel and
+        P = programs * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
         ``4 r max_length / page_size``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
         """
         heads = max(shape.num_heads for shape in shapes)
+        padded_heads = max(shape.padded_heads for shape in shapes)
+        tiles = -(-logit_tokens // LOGIT_TILE)
         pieces = max(
             (max_rows + _programs(shape.num_kv_heads, tuning, device)) * shape.num_heads * shape.head_size
             for shape in shapes
-            for tuning in _all_tunings()
+            for tuning in all_tunings()
         )
         min_head_size = min(shape.head_size for shape in shapes)
 
-        def empty(*size: int) -> Tensor:
-            return torch.empty(*size, dtype=torch.float32, device=device)
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*size, dtype=dtype, device=device)
 
         return cls(
             max_rows=max_rows,
             max_length=max_length,
-            logits=empty(-(-logit_tokens // LOGIT_TILE) * LOGIT_TILE * heads),
+            logits=empty(tiles * LOGIT_TILE * padded_heads, dtype=torch.int16),
+            logit_maxima=empty(tiles * LOGIT_TILE // MIN_TILE * padded_heads),
             scores=empty(max_rows, -(-max_length // page_size)),
             partial=empty(pieces),
             partial_lse=empty(pieces // min_head_size),
@@ -199,13 +269,11 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes that the workspace takes."""
-        return sum(
-            tensor.nbytes for tensor in (self.logits, self.scores, self.partial, self.partial_lse, self.lse)
-        )
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
-    def logit_capacity(self, num_heads: int) -> int:
-        """Tiles of logits that fit, for layers of `num_heads` heads."""
-        return self.logits.numel() // (LOGIT_TILE * num_heads)
+    def logit_capacity(self, shape: LayerShape) -> int:
+        """Tiles of logits that fit, for layers of that shape."""
+        return self.logits.numel() // (LOGIT_TILE * shape.padded_heads)
 
 
 def chunk_rows(max_rows: int, max_length: int, page_size: int) -> int:
@@ -254,7 +322,7 @@ def make_schedule(
         schedule.row_pieces.shape[1],
         _programs(shape.num_kv_heads, selecting, device),
         _programs(shape.num_kv_heads, sparse, device),
-        workspace.logit_capacity(shape.num_heads),
+        workspace.logit_capacity(shape),
         full_layers,
         selection.budget_tokens,
         selection.page_size,
@@ -267,146 +335,127 @@ def make_schedule(
 
 
 def selection_attention(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    rows: DecodeRows,
-    schedule: Schedule,
-    parameters: AttentionParameters,
+    inputs: LayerInputs,
     workspace: Workspace,
     selection: Selection,
     counters: Tensor,
     output: Tensor,
-    table: Tensor,
+    table: SelectionTable,
 ) -> None:
     """A selection layer: full attention, and the pages for the sparse layers after it.
 
     Args:
-        query: ``[tokens, num_heads, head_size]``, contiguous in the last dimension.
-        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, contiguous in the last dimension.
-        block_table: int32 ``[requests, blocks]``.
-        rows: at most `workspace.max_rows` rows.
-        schedule: made for these rows.
-        parameters: the layer's.
+        inputs: what is read.
         workspace: scratch.
         selection: what to keep.
         counters: int64 ``[5]``: rows, attended tokens, context tokens, dense rows, rows within the budget.
         output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
-        table: int32 ``[rows, budget_pages]``: the selection table, is written.
+        table: of at least as many rows; is written.
     """
-    _attention(
-        query,
-        kv_cache,
-        block_table,
-        rows,
-        schedule,
-        parameters,
-        workspace,
-        selection,
-        counters,
-        output,
-        table,
-        sparse=False,
+    _attention(inputs, workspace, selection, counters, output, table.pages, sparse=False, frames=False)
+    page_scores(inputs, workspace, selection)
+    select_pages(
+        workspace.scores, inputs.rows, inputs.block_table, inputs.kv_cache.shape[2], selection, table
     )
-    page_scores(query, kv_cache, block_table, rows, schedule, parameters, workspace, selection)
-    select_pages(workspace.scores, rows.lengths, selection, table)
 
 
 def sparse_attention(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    rows: DecodeRows,
-    schedule: Schedule,
-    parameters: AttentionParameters,
+    inputs: LayerInputs,
     workspace: Workspace,
     selection: Selection,
     counters: Tensor,
     output: Tensor,
-    table: Tensor,
+    table: SelectionTable,
+    *,
+    same_blocks: bool,
 ) -> None:
-    """A sparse layer: attention over the pages of the selection table; arguments as above."""
-    _attention(
-        query,
-        kv_cache,
-        block_table,
-        rows,
-        schedule,
-        parameters,
-        workspace,
-        selection,
-        counters,
-        output,
-        table,
-        sparse=True,
-    )
+    """A sparse layer: attention over the pages of the selection table; arguments as above.
+
+    `same_blocks` says that the selection layer had the same block table, so that page frames hold.
+    """
+    entries = table.frames if same_blocks else table.pages
+    _attention(inputs, workspace, selection, counters, output, entries, sparse=True, frames=same_blocks)
 
 
-def select_pages(scores: Tensor, lengths: Tensor, selection: Selection, table: Tensor) -> None:
+def select_pages(
+    scores: Tensor,
+    rows: DecodeRows,
+    block_table: Tensor,
+    block_size: int,
+    selection: Selection,
+    table: SelectionTable,
+) -> None:
     """Page scores to the selection table.
 
     Args:
         scores: float32 ``[rows, pages]``, not negative; read up to each row's pages.
-        lengths: int32 ``[rows]``, tokens.
+        rows: the rows.
+        block_table: int32 ``[requests, blocks]``.
+        block_size: tokens of a block.
         selection: what to keep.
-        table: int32 ``[rows, budget_pages]``: the first ``min(pages, budget_pages)`` entries are written.
+        table: of at least as many rows; the first ``min(pages, budget_pages)`` entries of each are written.
     """
-    if len(lengths) == 0:
+    if len(rows) == 0:
         return
     page_size = selection.page_size
-    select_kernel[(len(lengths),)](
+    select_kernel[(len(rows),)](
         scores,
-        lengths,
-        table,
+        rows.requests,
+        rows.lengths,
+        block_table,
+        table.pages,
+        table.frames,
         scores.stride(0),
-        table.stride(0),
+        block_table.stride(0),
+        table.pages.stride(0),
         selection.budget_pages,
         selection.recent_tokens // page_size,
         selection.sink_tokens // page_size,
         PAGE=page_size,
+        PAGES_PER_BLOCK=block_size // page_size,
         CHUNK=2048,
+        EDGE=128,
+        DIGIT_BITS=6,
         num_warps=8,
+        **_dependent_launch(scores.device),
     )
 
 
-def page_scores(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    rows: DecodeRows,
-    schedule: Schedule,
-    parameters: AttentionParameters,
-    workspace: Workspace,
-    selection: Selection,
-) -> None:
+def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection) -> None:
     """Page scores of the rows that exceed the budget, into `workspace.scores`; after their attention."""
+    rows, parameters, shape = inputs.rows, inputs.parameters, inputs.shape
+    query, kv_cache = inputs.query, inputs.kv_cache
     if len(rows) == 0:
         return
-    shape = _shape(query, kv_cache)
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows))
     num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
-    shares = min(8, _next_power_of_2(shape.num_kv_heads * 2))
-    score_logits_kernel[(num_pieces, shares)](
+    score_logits_kernel[(num_pieces, SCORE_SHARES)](
         workspace.logits,
+        workspace.logit_maxima,
         workspace.lse,
-        schedule.pieces,
+        inputs.schedule.pieces,
         workspace.scores,
         workspace.scores.stride(0),
         H=shape.num_heads,
-        H_PAD=_next_power_of_2(shape.num_heads),
+        KV_HEADS=shape.num_kv_heads,
+        GROUP=shape.padded_group,
         PAGE=selection.page_size,
-        TILE=LOGIT_TILE,
-        SHARES=shares,
-        num_warps=4,
+        KV_HEADS_PAD=_next_power_of_2(shape.num_kv_heads),
+        TILE=max(tuning.tile, selection.page_size),
+        SUBTILE=tuning.tile,
+        LOGIT_TILE=LOGIT_TILE,
+        SHARES=SCORE_SHARES,
+        num_warps=2,
+        **_dependent_launch(query.device),
     )
-    if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape.num_heads):
+    if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):
         return  # there is room for the logits of any rows
     q_scale, k_scale, _, quantized = _scales(parameters, query)
-    score_keys_kernel[(num_pieces, shares)](
+    score_keys_kernel[(num_pieces, SCORE_SHARES)](
         query,
         kv_cache,
-        block_table,
-        schedule.pieces,
+        inputs.block_table,
+        inputs.schedule.pieces,
         workspace.lse,
         workspace.scores,
         q_scale,
@@ -418,18 +467,17 @@ def page_scores(
         kv_cache.stride(0),
         kv_cache.stride(1),
         kv_cache.stride(2),
-        block_table.stride(0),
+        inputs.block_table.stride(0),
         workspace.scores.stride(0),
-        _head_stride(k_scale),
         H=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
-        GROUP=shape.padded_group,
+        COLUMNS=shape.columns,
         D=shape.head_size,
         D_PAD=shape.padded_head_size,
         PAGE=selection.page_size,
         BLOCK=kv_cache.shape[2],
         TILE=LOGIT_TILE,
-        SHARES=shares,
+        SHARES=SCORE_SHARES,
         SOFTCAP=parameters.softcap != 0,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],
@@ -439,12 +487,7 @@ def page_scores(
 
 
 def _attention(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    rows: DecodeRows,
-    schedule: Schedule,
-    parameters: AttentionParameters,
+    inputs: LayerInputs,
     workspace: Workspace,
     selection: Selection,
     counters: Tensor,
@@ -452,22 +495,24 @@ def _attention(
     table: Tensor,
     *,
     sparse: bool,
+    frames: bool,
 ) -> None:
-    shape = _shape(query, kv_cache)
-    _check(query, kv_cache, rows, workspace, selection, output, table)
+    _check(inputs, workspace, selection, output, table)
+    rows, parameters, shape = inputs.rows, inputs.parameters, inputs.shape
+    query, kv_cache, schedule = inputs.query, inputs.kv_cache, inputs.schedule
     if len(rows) == 0:
         return
     tuning = _tunings(shape, parameters.dtype.itemsize, len(rows))[sparse]
     num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
-    pieces, row_pieces = schedule.pieces[int(sparse)], schedule.row_pieces[int(sparse)]
     attention_kernel[(num_pieces, shape.num_kv_heads)](
         query,
         kv_cache,
-        block_table,
-        pieces,
+        inputs.block_table,
+        schedule.pieces[int(sparse)],
         table,
         workspace.logits,
+        workspace.logit_maxima,
         workspace.partial,
         workspace.partial_lse,
         q_scale,
@@ -479,12 +524,12 @@ def _attention(
         kv_cache.stride(0),
         kv_cache.stride(1),
         kv_cache.stride(2),
-        block_table.stride(0),
+        inputs.block_table.stride(0),
         table.stride(0),
-        _head_stride(k_scale),
         H=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         GROUP=shape.padded_group,
+        COLUMNS=shape.columns,
         D=shape.head_size,
         D_PAD=shape.padded_head_size,
         PAGE=selection.page_size,
@@ -492,9 +537,11 @@ def _attention(
         TILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
         SPARSE=sparse,
+        FRAMES=frames,
         SOFTCAP=parameters.softcap != 0,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],
+        PDL=_has_dependent_launch(query.device),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
@@ -504,7 +551,7 @@ def _attention(
         workspace.partial_lse,
         rows.lengths,
         rows.dense,
-        row_pieces,
+        schedule.row_pieces[int(sparse)],
         counters,
         workspace.lse if sinks is None else sinks,
         v_scale,
@@ -512,28 +559,22 @@ def _attention(
         workspace.lse,
         output.stride(0),
         output.stride(1),
-        _head_stride(v_scale),
         H=shape.num_heads,
-        KV_HEADS=shape.num_kv_heads,
         D=shape.head_size,
         D_PAD=shape.padded_head_size,
         PIECES=16,
         SPARSE=sparse,
         SINKS=sinks is not None,
         QUANTIZED=quantized,
-        num_warps=2,
+        num_warps=1,
+        **_dependent_launch(query.device),
     )
 
 
 def _check(
-    query: Tensor,
-    kv_cache: Tensor,
-    rows: DecodeRows,
-    workspace: Workspace,
-    selection: Selection,
-    output: Tensor,
-    table: Tensor,
+    inputs: LayerInputs, workspace: Workspace, selection: Selection, output: Tensor, table: Tensor
 ) -> None:
+    query, kv_cache, rows = inputs.query, inputs.kv_cache, inputs.rows
     _, num_kv_heads, block_size, width = kv_cache.shape
     _, num_heads, head_size = query.shape
     assert width == 2 * head_size and num_heads % num_kv_heads == 0
@@ -543,19 +584,10 @@ def _check(
     assert table.shape[1] >= selection.budget_pages
 
 
-def _shape(query: Tensor, kv_cache: Tensor) -> LayerShape:
-    return LayerShape(query.shape[1], kv_cache.shape[1], query.shape[2])
-
-
 def _scales(parameters: AttentionParameters, placeholder: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     if parameters.scales is None:
         return placeholder, placeholder, placeholder, False
     return (*parameters.scales, True)
-
-
-def _head_stride(scale: Tensor) -> int:
-    """Elements from one KV head's scale to the next; 0 for one scale of all."""
-    return 1 if scale.dim() == 1 and scale.numel() > 1 else 0
 
 
 def _tunings(shape: LayerShape, itemsize: int, rows: int) -> tuple[Tuning, Tuning]:
@@ -564,15 +596,6 @@ def _tunings(shape: LayerShape, itemsize: int, rows: int) -> tuple[Tuning, Tunin
         choose_tuning(size, itemsize, units, sparse=False),
         choose_tuning(size, itemsize, units, sparse=True),
     )
-
-
-def _all_tunings() -> list[Tuning]:
-    return [
-        choose_tuning(size, 2, units, sparse=sparse)
-        for size in (128, 256, 512)
-        for units in (1, 1 << 30)
-        for sparse in (False, True)
-    ]
 
 
 def _programs(num_kv_heads: int, tuning: Tuning, device: torch.device | str) -> int:
@@ -589,3 +612,13 @@ def _multiprocessors(device: torch.device) -> int:
         return 8  # the interpreter's stand-in
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+def _has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start before the one ahead of it is done, and wait for it (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that does so."""
+    return {"PDL": True, "launch_pdl": True} if _has_dependent_launch(device) else {"PDL": False}

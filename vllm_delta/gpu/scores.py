@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_delta.gpu.attention import scaled_logits, token_offsets
+from vllm_delta.gpu.attention import decode_distance, load_vectors, scaled_logits, token_offsets
 
 
 @triton.jit
@@ -25,16 +25,22 @@ def store_page_scores(best, valid, scores_row_ptr, start, length, PAGE: tl.const
 
 @triton.jit
 def score_logits_kernel(
-    logits_ptr,  # float32 [tiles, H, TILE]
+    logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP], see `encode_distance`
+    logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / SUBTILE, KV_HEADS, GROUP]
     lse_ptr,  # float32 [rows, H], base 2
     pieces_ptr,  # int32 [pieces, 8], see `Schedule` in ops.py
     scores_ptr,  # float32 [rows, pages]
     scores_stride,
     H: tl.constexpr,
-    H_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    SUBTILE: tl.constexpr,
+    LOGIT_TILE: tl.constexpr,
     SHARES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Every SHARES-th tile of one piece, of a row that has logits."""
     piece = tl.program_id(0)
@@ -44,21 +50,40 @@ def score_logits_kernel(
     end = tl.load(record_ptr + 2)
     first_tile = tl.load(record_ptr + 6)
     length = tl.load(record_ptr + 7)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
     if (row < 0) | (first_tile < 0):
         return
-    head = tl.arange(0, H_PAD)
+    heads: tl.constexpr = H // KV_HEADS
+    column = tl.arange(0, KV_HEADS_PAD * GROUP)
+    kv_head = column // GROUP
+    group = column % GROUP
+    has_column = kv_head < KV_HEADS
+    # Heads that there are not have a sum that no logit reaches.
+    has_head = has_column & (group < heads)
+    lse = tl.load(lse_ptr + row * H + kv_head * heads + group, mask=has_head, other=float("inf"))
     position = tl.arange(0, TILE)
-    has_head = head < H
-    lse = tl.load(lse_ptr + row * H + head, mask=has_head, other=0.0)
+    places = (kv_head * LOGIT_TILE * GROUP + group)[None, :] + (position * GROUP)[:, None]
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
     for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
-        tile = (first_tile + start // TILE).to(tl.int64)
-        x = tl.load(
-            logits_ptr + (tile * H + head[:, None]) * TILE + position[None, :],
-            mask=has_head[:, None],
-            other=-float("inf"),
+        tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
+        within = start % LOGIT_TILE
+        code = tl.load(
+            logits_ptr + (tile * (KV_HEADS * LOGIT_TILE) + within) * GROUP + places,
+            mask=has_column[None, :],
+            other=0,
         )
-        best = tl.max(x - lse[:, None], 0)
+        maxima_ptr = logit_maxima_ptr + (tile * (LOGIT_TILE // SUBTILE) + within // SUBTILE) * (
+            KV_HEADS * GROUP
+        )
+        if TILE <= SUBTILE:
+            maximum = tl.load(maxima_ptr + column, mask=has_column, other=0.0)
+            x = (maximum - lse)[None, :] - decode_distance(code)
+        else:
+            offsets = column[None, :] + (position // SUBTILE * (KV_HEADS * GROUP))[:, None]
+            maximum = tl.load(maxima_ptr + offsets, mask=has_column[None, :], other=0.0)
+            x = maximum - lse[None, :] - decode_distance(code)
+        best = tl.max(x, 1)
         store_page_scores(best, start + position < end, scores_row_ptr, start, length, PAGE, TILE)
 
 
@@ -81,10 +106,9 @@ def score_keys_kernel(
     kv_stride_token,
     block_table_stride,
     scores_stride,
-    k_scale_stride,
     H: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     PAGE: tl.constexpr,
@@ -106,8 +130,9 @@ def score_keys_kernel(
     length = tl.load(record_ptr + 7)
     if (row < 0) | (tl.load(record_ptr + 6) != -2):
         return
-    group = tl.arange(0, GROUP)
-    has_head = group < H // KV_HEADS
+    heads: tl.constexpr = H // KV_HEADS
+    group = tl.arange(0, COLUMNS)
+    has_head = group < heads
     dim = tl.arange(0, D_PAD)
     has_dim = dim < D
     position = tl.arange(0, TILE)
@@ -118,35 +143,32 @@ def score_keys_kernel(
         token = start + position
         valid = token < end
         offsets = token_offsets(
-            token,
-            valid,
+            tl.minimum(token, end - 1),
             block_row_ptr,
             block_row_ptr,
-            0,
+            False,
             kv_stride_block,
             kv_stride_token,
+            False,
             False,
             PAGE,
             BLOCK,
         )
         best = tl.full([TILE], -float("inf"), tl.float32)
         for kv_head in range(KV_HEADS):
-            head = kv_head * (H // KV_HEADS) + group
+            head = kv_head * heads + group
             kv_head_offset = (tl.zeros([], tl.int64) + kv_head) * kv_stride_head
             q = tl.load(
-                query_row_ptr + head[:, None] * query_stride_head + dim[None, :],
-                mask=has_head[:, None] & has_dim[None, :],
+                query_row_ptr + head[None, :] * query_stride_head + dim[:, None],
+                mask=has_head[None, :] & has_dim[:, None],
                 other=0.0,
             ).to(COMPUTE)
-            k = tl.load(
-                kv_cache_ptr + kv_head_offset + offsets[None, :] + dim[:, None],
-                mask=valid[None, :] & has_dim[:, None],
-                other=0.0,
-            ).to(COMPUTE)
+            k_ptrs = kv_cache_ptr + kv_head_offset + offsets[:, None] + dim[None, :]
+            k = load_vectors(k_ptrs, has_dim[None, :], D == D_PAD).to(COMPUTE)
             head_scale = scale
             if QUANTIZED:
-                head_scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr + kv_head * k_scale_stride)
-            x = scaled_logits(tl.dot(q, k, input_precision="ieee"), head_scale, softcap, SOFTCAP)
+                head_scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
+            x = scaled_logits(tl.dot(k, q, input_precision="ieee"), head_scale, softcap, SOFTCAP)
             lse = tl.load(lse_ptr + row * H + head, mask=has_head, other=float("inf"))
-            best = tl.maximum(best, tl.max(x - lse[:, None], 0))
+            best = tl.maximum(best, tl.max(x - lse[None, :], 1))
         store_page_scores(best, valid, scores_row_ptr, start, length, PAGE, TILE)

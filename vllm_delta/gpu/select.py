@@ -1,6 +1,6 @@
 """Page scores to the selection table, one program per row: a radix select, then a compaction in order.
 
-Scores are not negative, so their bits order as they do. Passes over eight bits each, from the highest bit in
+Scores are not negative, so their bits order as they do. Passes over a few bits each, from the highest bit in
 which scores differ, find the score of the last page that is kept among the others (neither recent nor sink)
 and how many of its equals are; they end early where all pages with the bits found so far are kept. A last
 pass writes the indices of the kept pages, ascending, of equal scores the lower ones first.
@@ -14,33 +14,64 @@ import triton.language as tl
 
 @triton.jit
 def load_keys(scores_row_ptr, page, end):
-    """Scores as integers of the same order."""
-    return tl.load(scores_row_ptr + page, mask=page < end, other=0.0).to(tl.int32, bitcast=True)
+    """Scores as integers of the same order; what is not a number counts, whatever its sign, as some score."""
+    score = tl.load(scores_row_ptr + page, mask=page < end, other=0.0)
+    return tl.maximum(score.to(tl.int32, bitcast=True), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["lengths_ptr", "pages_ptr"])
+@triton.jit
+def extremes(lowest, highest, other_lowest, other_highest):
+    """Combine two pairs of a minimum and a maximum."""
+    return tl.minimum(lowest, other_lowest), tl.maximum(highest, other_highest)
+
+
+@triton.jit
+def store_pages(
+    position, page, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK: tl.constexpr
+):
+    """Pages of a row, and where they lie in the cache: ``block * PAGES_PER_BLOCK + page of the block``."""
+    block = tl.load(block_row_ptr + page // PAGES_PER_BLOCK, mask=mask, other=0)
+    tl.store(pages_row_ptr + position, page, mask=mask)
+    tl.store(frames_row_ptr + position, block * PAGES_PER_BLOCK + page % PAGES_PER_BLOCK, mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["requests_ptr", "lengths_ptr", "pages_ptr", "frames_ptr"])
 def select_kernel(
     scores_ptr,  # float32 [rows, pages], not negative
+    requests_ptr,  # int32 [rows]
     lengths_ptr,  # int32 [rows]
+    block_table_ptr,  # int32 [requests, blocks]
     pages_ptr,  # int32 [rows, budget_pages]
+    frames_ptr,  # int32 [rows, budget_pages]
     scores_stride,
+    block_table_stride,
     pages_stride,
     budget_pages,
     recent_pages,
     sink_pages,
     PAGE: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    EDGE: tl.constexpr,
+    DIGIT_BITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Keep ``min(pages, budget_pages)`` pages of one row; the table behind them stays as it was."""
     row = tl.program_id(0)
     num_pages = tl.cdiv(tl.load(lengths_ptr + row), PAGE)
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
     pages_row_ptr = pages_ptr + row.to(tl.int64) * pages_stride
+    frames_row_ptr = frames_ptr + row.to(tl.int64) * pages_stride
+    request = tl.load(requests_ptr + row).to(tl.int64)
+    block_row_ptr = block_table_ptr + request * block_table_stride
     lane = tl.arange(0, CHUNK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if num_pages <= budget_pages:
         for start in range(0, num_pages, CHUNK):
             page = start + lane
-            tl.store(pages_row_ptr + page, page, mask=page < num_pages)
+            mask = page < num_pages
+            store_pages(page, page, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
         return
 
     end = num_pages - recent_pages
@@ -52,45 +83,60 @@ def select_kernel(
         key = load_keys(scores_row_ptr, page, end)
         lowest = tl.minimum(lowest, tl.where(page < end, key, 0x7FFFFFFF))
         highest = tl.maximum(highest, tl.where(page < end, key, 0))
-    smallest = tl.min(lowest, 0)
-    differing = smallest ^ tl.max(highest, 0)
+    smallest, largest = tl.reduce((lowest, highest), 0, extremes)
+    differing = smallest ^ largest
     open_bits = 0  # the lowest bits of the threshold, which are not known yet
     for bit in tl.static_range(31):
         open_bits = tl.where((differing >> bit) != 0, bit + 1, open_bits)
 
-    digits = tl.arange(0, 256)
+    bins: tl.constexpr = 1 << DIGIT_BITS
+    digits = tl.arange(0, bins)
     threshold = (smallest >> open_bits) << open_bits
+    if wanted == 0:
+        open_bits = 0
+        threshold = 0x7FFFFFFF
     equals = wanted
+    whole = wanted == 0
     while open_bits > 0:
-        shift = tl.maximum(open_bits - 8, 0)
-        counts = tl.zeros([256], tl.int32)
+        shift = tl.maximum(open_bits - DIGIT_BITS, 0)
+        counts = tl.zeros([bins], tl.int32)
         for start in range(sink_pages, end, CHUNK):
             page = start + lane
             key = load_keys(scores_row_ptr, page, end)
             candidate = (page < end) & ((key >> open_bits) == (threshold >> open_bits))
-            counts += tl.histogram((key >> shift) & 255, 256, mask=candidate)
+            counts += tl.histogram((key >> shift) & (bins - 1), bins, mask=candidate)
         at_least = tl.cumsum(counts, 0, reverse=True)
-        last = tl.max(tl.where(at_least >= equals, digits, 0), 0)
-        equals -= tl.sum(tl.where(digits > last, counts, 0), 0)
-        threshold = threshold | (last << shift)
-        taken_whole = tl.sum(tl.where(digits == last, counts, 0), 0) == equals
-        open_bits = tl.where(taken_whole, 0, shift)
+        # One digit is the last that is kept: sum up what is known of it, in one number.
+        is_last = (at_least >= equals) & (at_least - counts < equals)
+        known = (counts.to(tl.int64) << 40) | ((at_least - counts).to(tl.int64) << 8) | digits
+        known = tl.sum(tl.where(is_last, known, 0), 0)
+        threshold = threshold | ((known & 255).to(tl.int32) << shift)
+        equals -= ((known >> 8) & 0xFFFFFFFF).to(tl.int32)
+        whole = (known >> 40).to(tl.int32) == equals
+        open_bits = tl.where(whole, 0, shift)
 
     taken = 0
     for start in range(sink_pages, end, CHUNK):
         page = start + lane
-        inside = page < end
         key = load_keys(scores_row_ptr, page, end)
-        equal = (inside & (key == threshold)).to(tl.int32)
-        rank = tl.cumsum(equal, 0)
-        keep = inside & ((key > threshold) | ((equal != 0) & (rank <= equals)))
-        position = sink_pages + taken + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(pages_row_ptr + position, page, mask=keep)
-        taken += tl.sum(keep.to(tl.int32), 0)
-        equals -= tl.sum(equal, 0)
-    for start in range(0, sink_pages, CHUNK):
-        page = start + lane
-        tl.store(pages_row_ptr + page, page, mask=page < sink_pages)
-    for start in range(0, recent_pages, CHUNK):
-        index = start + lane
-        tl.store(pages_row_ptr + sink_pages + wanted + index, end + index, mask=index < recent_pages)
+        keep = (page < end) & (key >= threshold)
+        if not whole:
+            equal = (keep & (key == threshold)).to(tl.int32)
+            keep = keep & ((key > threshold) | (tl.cumsum(equal, 0) <= equals))
+            equals -= tl.sum(equal, 0)
+        rank = tl.cumsum(keep.to(tl.int32), 0)
+        position = sink_pages + taken + rank - 1
+        store_pages(position, page, keep, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
+        taken += tl.max(rank, 0)
+    edge = tl.arange(0, EDGE)
+    for start in range(0, sink_pages, EDGE):
+        page = start + edge
+        mask = page < sink_pages
+        store_pages(page, page, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
+    for start in range(0, recent_pages, EDGE):
+        index = start + edge
+        position = sink_pages + wanted + index
+        mask = index < recent_pages
+        store_pages(
+            position, end + index, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK
+        )

@@ -2,7 +2,7 @@
 
 Measured with ``benchmarks/kernels.py --tune`` on one H200 (132 multiprocessors), in bfloat16 with a head
 size of 128; other devices and sizes start from the same numbers. A program streams its piece of the cache
-through shared memory, ``num_stages`` tiles deep, so a tile shrinks as a token's key and value grow.
+through shared memory, ``num_stages - 1`` tiles ahead, so a tile shrinks as a token's key and value grow.
 """
 
 from __future__ import annotations
@@ -17,49 +17,54 @@ class Tuning:
     #: tokens that a program reads at a time
     tile: int
     num_warps: int
-    #: tiles in flight
+    #: tiles in flight, with the one that is computed
     num_stages: int
     #: programs that the schedule aims at, per multiprocessor
     programs: int
 
 
-#: Rows times KV heads, at most, of a small step: too few to fill the GPU without many pieces a row.
-SMALL_STEP = 64
+@dataclass(frozen=True)
+class Choice:
+    """The settings for keys of up to so many bytes, in the kernel's own type."""
 
-#: (bytes of a key in the kernel's own type, at most; settings of a small step; of a larger one)
+    key_bytes: int
+    #: rows times KV heads of a small step, at most
+    small_units: int
+    small: Tuning
+    large: Tuning
+
+
+#: The least tile of any setting, in tokens.
+MIN_TILE = 32
+
 _SELECTION = (
-    (
+    Choice(
         256,
-        Tuning(tile=128, num_warps=4, num_stages=3, programs=2),
-        Tuning(tile=64, num_warps=4, num_stages=2, programs=3),
+        128,
+        Tuning(tile=64, num_warps=4, num_stages=4, programs=2),
+        Tuning(tile=64, num_warps=4, num_stages=3, programs=3),
     ),
-    (
+    Choice(
         512,
-        Tuning(tile=64, num_warps=4, num_stages=3, programs=2),
-        Tuning(tile=64, num_warps=4, num_stages=2, programs=3),
+        0,
+        Tuning(tile=64, num_warps=4, num_stages=2, programs=2),
+        Tuning(tile=64, num_warps=4, num_stages=2, programs=2),
     ),
-    (
+    Choice(
         1024,
+        0,
         Tuning(tile=32, num_warps=4, num_stages=2, programs=2),
-        Tuning(tile=32, num_warps=4, num_stages=2, programs=3),
+        Tuning(tile=32, num_warps=4, num_stages=2, programs=2),
     ),
 )
 _SPARSE = (
-    (
+    Choice(
         256,
-        Tuning(tile=128, num_warps=4, num_stages=3, programs=3),
-        Tuning(tile=128, num_warps=4, num_stages=4, programs=2),
+        8,
+        Tuning(tile=128, num_warps=4, num_stages=2, programs=1),
+        Tuning(tile=64, num_warps=4, num_stages=2, programs=4),
     ),
-    (
-        512,
-        Tuning(tile=64, num_warps=4, num_stages=3, programs=3),
-        Tuning(tile=64, num_warps=4, num_stages=3, programs=2),
-    ),
-    (
-        1024,
-        Tuning(tile=32, num_warps=4, num_stages=2, programs=3),
-        Tuning(tile=32, num_warps=4, num_stages=2, programs=2),
-    ),
+    *_SELECTION[1:],
 )
 
 
@@ -71,7 +76,12 @@ def choose_tuning(padded_head_size: int, itemsize: int, units: int, *, sparse: b
     Raises:
         ValueError: keys of more than 1024 bytes.
     """
-    for limit, small, large in _SPARSE if sparse else _SELECTION:
-        if padded_head_size * itemsize <= limit:
-            return small if units <= SMALL_STEP else large
+    for choice in _SPARSE if sparse else _SELECTION:
+        if padded_head_size * itemsize <= choice.key_bytes:
+            return choice.small if units <= choice.small_units else choice.large
     raise ValueError(f"no kernel for a head size of {padded_head_size} elements of {itemsize} bytes")
+
+
+def all_tunings() -> list[Tuning]:
+    """All settings."""
+    return [tuning for choice in (*_SELECTION, *_SPARSE) for tuning in (choice.small, choice.large)]

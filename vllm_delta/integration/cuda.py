@@ -124,6 +124,8 @@ class DeltaCUDAMetadata(FlashAttentionMetadata):  # type: ignore[misc]
     chunks: list[tuple[ops.DecodeRows, ops.Schedule]] = field(default_factory=list)
     #: of a mixed step
     prefill: PrefillPart | None = None
+    #: the builder, which stands for the KV cache group: its layers have one block table
+    group: DeltaCUDAMetadataBuilder | None = None
 
 
 class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -159,7 +161,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         """Split the batch into decode rows and prefill tokens, and cut the rows into pieces."""
         common, state = common_attn_metadata, self.delta
         whole = super().build(common_prefix_len, common, fast_build)
-        metadata = DeltaCUDAMetadata(**vars(whole))
+        metadata = DeltaCUDAMetadata(**vars(whole), group=self)
         state.counters.add_dense_rows("sliding_window", self._sliding * common.num_actual_tokens)
         state.counters.add_dense_rows("not_eligible", self._not_eligible * common.num_actual_tokens)
         if not self._roles:
@@ -318,24 +320,21 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
         if self._parameters is None:  # sinks and scales are weights, loaded after __init__
             self._parameters = self._make_parameters(layer, query, output)
-        run = ops.selection_attention if self.role is Role.SELECTION else ops.sparse_attention
         counters = state.counters.of(self.role)
         begin = 0
         for rows, schedule in attn_metadata.chunks:
-            run(
-                query,
-                kv_cache,
-                attn_metadata.block_table,
-                rows,
-                schedule,
-                self._parameters,
-                state.workspace,
-                state.selection,
-                counters,
-                output,
-                state.table[begin : begin + len(rows)],
+            inputs = ops.LayerInputs(
+                query, kv_cache, attn_metadata.block_table, rows, schedule, self._parameters
             )
+            table = state.table.slice(begin, begin + len(rows))
+            arguments = inputs, state.workspace, state.selection, counters, output, table
+            if self.role is Role.SELECTION:
+                ops.selection_attention(*arguments)
+            else:
+                ops.sparse_attention(*arguments, same_blocks=state.table_group is attn_metadata.group)
             begin += len(rows)
+        if self.role is Role.SELECTION:
+            state.table_group = attn_metadata.group
 
     def _make_parameters(self, layer: Any, query: Tensor, output: Tensor) -> ops.AttentionParameters:
         scales = None

@@ -37,8 +37,8 @@ class CudaState:
     selection: ops.Selection
     workspace: ops.Workspace
     counters: Counters
-    #: int32 ``[rows of a step, budget pages]``: the selection table
-    table: Tensor
+    #: of all rows of a step
+    table: ops.SelectionTable
     #: int32: 0, 1, 2, ...
     requests: Tensor
     #: int32: 1 for rows of single-token steps that belong to a prompt
@@ -47,6 +47,8 @@ class CudaState:
     schedules: dict[ops.LayerShape, list[ops.Schedule]]
     #: tokens of each prompt of a batch, int ``[requests]``, or None if unknown; set by DELTA's worker
     prompt_lens: Callable[[CommonAttentionMetadata], Tensor | None] | None = None
+    #: whose layers' block table the selection table's page frames are of
+    table_group: object = None
     _marked: bool = field(default=False)
 
     @property
@@ -61,7 +63,7 @@ class CudaState:
         group = self.schedules[shape]
         while len(group) <= index:
             group.append(
-                ops.Schedule.allocate(self.workspace.max_rows, shape.num_kv_heads, self.table.device)
+                ops.Schedule.allocate(self.workspace.max_rows, shape.num_kv_heads, self.requests.device)
             )
         return group[index]
 
@@ -122,10 +124,7 @@ def _allocate(
     eligible: dict[int, Attention],
     device: torch.device,
 ) -> CudaState:
-    shapes = {
-        ops.LayerShape(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size)
-        for layer in eligible.values()
-    }
+    shapes = {_shape(layer) for layer in eligible.values()}
     scheduler = vllm_config.scheduler_config
     max_length = vllm_config.model_config.max_model_len
     graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -146,11 +145,8 @@ def _allocate(
             device=device,
         ),
         counters=Counters(device),
-        table=torch.zeros(
-            max(single_token_rows, scheduler.max_num_batched_tokens),
-            config.budget_pages,
-            dtype=torch.int32,
-            device=device,
+        table=ops.SelectionTable.allocate(
+            max(single_token_rows, scheduler.max_num_batched_tokens), config.budget_pages, device
         ),
         requests=torch.arange(single_token_rows, dtype=torch.int32, device=device),
         dense=torch.zeros(single_token_rows, dtype=torch.int32, device=device),
@@ -159,6 +155,10 @@ def _allocate(
     for shape in shapes:
         state.schedule(shape, math.ceil(single_token_rows / max_rows) - 1)
     return state
+
+
+def _shape(layer: Attention) -> ops.LayerShape:
+    return ops.LayerShape(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size)
 
 
 def _is_eligible(layer: Attention) -> bool:
@@ -182,6 +182,7 @@ def _logit_tokens(
     itemsize = (
         1 if layers[0].impl.kv_cache_dtype.startswith("fp8") else vllm_config.model_config.dtype.itemsize
     )
-    token_bytes: int = sum(2 * layer.impl.num_kv_heads * layer.impl.head_size * itemsize for layer in layers)
-    heads: int = max(layer.impl.num_heads for layer in layers)
-    return min(most, left // token_bytes, int(left * LOGITS_SHARE) // (4 * heads))
+    shapes = [_shape(layer) for layer in layers]
+    token_bytes = sum(2 * shape.num_kv_heads * shape.head_size * itemsize for shape in shapes)
+    logit_bytes = ops.LOGIT_BYTES * max(shape.padded_heads for shape in shapes)
+    return min(most, left // token_bytes, int(left * LOGITS_SHARE / logit_bytes))
