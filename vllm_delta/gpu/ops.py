@@ -445,7 +445,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         SUBTILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
         SHARES=SCORE_SHARES,
-        num_warps=2,
+        num_warps=min(8, max(2, _next_power_of_2(shape.padded_heads) // 16)),
         **_dependent_launch(query.device),
     )
     if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -24,8 +23,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_delta import ops
-from vllm_delta.config import DeltaConfig, DeltaConfigError
-from vllm_delta.integration.layers import local_attention_layers, log_plan, make_local_plan
+from vllm_delta.config import DeltaConfig
+from vllm_delta.integration.layers import find_state, is_eligible, local_layers
 from vllm_delta.integration.state import DeltaState
 from vllm_delta.integration.validation import (
     check_block_size,
@@ -100,7 +99,7 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.delta = _shared_state(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        if any(_is_eligible(layer) for layer in layers.values()):
+        if any(isinstance(layer.impl, DeltaCPUImpl) and is_eligible(layer) for layer in layers.values()):
             check_isa(self.isa)
             check_block_size(self.delta.config, self.block_size)
 
@@ -242,52 +241,22 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             ops.sparse_attention(*arguments, state.table_for_reading(rows), page_size=config.page_size)
 
 
-def find_state(vllm_config: VllmConfig) -> DeltaState | None:
-    """The state that this worker's layers share; None where DELTA is not set up."""
-    for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
-        if isinstance(layer.impl, DeltaCPUImpl) and layer.impl.delta is not None:
-            return layer.impl.delta
-    return None
-
-
 def _shared_state(vllm_config: VllmConfig) -> DeltaState:
     """The worker's state; made, and handed to all its layers, by the first builder that asks."""
-    state = find_state(vllm_config)
+    state: DeltaState | None = find_state(vllm_config)
     if state is not None:
         return state
     config = DeltaConfig.from_additional_config(vllm_config.additional_config)
-    layers = local_attention_layers(vllm_config, DeltaCPUImpl)
-    eligible = {index: layer.impl for index, layer in layers.items() if _is_eligible(layer)}
-    if not eligible:
-        raise DeltaConfigError(
-            "DELTA was selected for a model that has no layer with full attention; accepted: models "
-            "that have some"
-        )
-    plan = make_local_plan(config, vllm_config, set(layers), set(eligible))
+    layers = local_layers(config, vllm_config, DeltaCPUImpl)
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     max_length = vllm_config.model_config.max_model_len
-    workspaces = [
-        ops.allocate_workspace(max_length, num_heads, head_size)
-        for num_heads, head_size in {(impl.num_heads, impl.head_size) for impl in eligible.values()}
-    ]
+    sizes = {(layer.impl.num_heads, layer.impl.head_size) for layer in layers.eligible.values()}
+    workspaces = [ops.allocate_workspace(max_length, *size) for size in sizes]
     state = DeltaState(
         config=config,
-        plan=plan,
+        plan=layers.plan,
         table=SelectionTable.allocate(max_rows, config.budget_pages),
         workspace=max(workspaces, key=Tensor.numel),
     )
-    for index, layer in layers.items():
-        layer.impl.delta = state
-        layer.impl.role = plan.roles.get(index)
-    if get_tensor_model_parallel_rank() == 0:
-        log_plan(config, plan, state.nbytes)
+    layers.share(config, state)
     return state
-
-
-def _is_eligible(layer: Attention) -> bool:
-    return (
-        type(layer) is Attention
-        and isinstance(layer.impl, DeltaCPUImpl)
-        and layer.impl.sliding_window == -1
-        and not getattr(layer, "is_draft_layer", False)
-    )

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from vllm_delta.config import DeltaConfig, DeltaConfigError
+from vllm_delta.config import DeltaConfig
 from vllm_delta.counters import Counters
 from vllm_delta.gpu import ops
-from vllm_delta.integration.layers import local_attention_layers, log_plan, make_local_plan
+from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.plan import Plan
 
 #: The logits of selection layers take at most this share of the memory that is left for the KV cache.
@@ -82,49 +80,26 @@ class CudaState:
         self._marked = True
 
 
-def find_state(vllm_config: VllmConfig) -> CudaState | None:
-    """The state that this worker's layers share; None where it has not been set up."""
-    for layer in local_attention_layers(vllm_config, FlashAttentionImpl).values():
-        state: CudaState | None = getattr(layer.impl, "delta", None)
-        if state is not None:
-            return state
-    return None
-
-
 def set_up(vllm_config: VllmConfig, device: torch.device) -> CudaState:
     """The worker's state; made, and handed to all its layers, by whoever asks first."""
-    state = find_state(vllm_config)
+    state: CudaState | None = find_state(vllm_config)
     if state is not None:
         return state
     from vllm_delta.integration.cuda import DeltaCUDAImpl
 
     config = DeltaConfig.from_additional_config(vllm_config.additional_config)
-    layers = local_attention_layers(vllm_config, DeltaCUDAImpl)
-    eligible = {index: layer for index, layer in layers.items() if _is_eligible(layer)}
-    if not eligible:
-        raise DeltaConfigError(
-            "DELTA was selected for a model that has no layer with full attention; accepted: models "
-            "that have some"
-        )
-    plan = make_local_plan(config, vllm_config, set(layers), set(eligible))
+    layers = local_layers(config, vllm_config, DeltaCUDAImpl)
     with torch.inference_mode(False):  # else steps could not write into what a profiling run allocates
-        state = _allocate(vllm_config, config, plan, eligible, device)
-    for index, layer in layers.items():
-        layer.impl.delta = state
-        layer.impl.role = plan.roles.get(index)
-    if get_tensor_model_parallel_rank() == 0:
-        log_plan(config, plan, state.nbytes)
+        state = _allocate(vllm_config, config, layers, device)
+    layers.share(config, state)
     return state
 
 
 def _allocate(
-    vllm_config: VllmConfig,
-    config: DeltaConfig,
-    plan: Plan,
-    eligible: dict[int, Attention],
-    device: torch.device,
+    vllm_config: VllmConfig, config: DeltaConfig, layers: LocalLayers, device: torch.device
 ) -> CudaState:
-    shapes = {_shape(layer) for layer in eligible.values()}
+    eligible = list(layers.eligible.values())
+    shapes = {_shape(layer) for layer in eligible}
     scheduler = vllm_config.scheduler_config
     max_length = vllm_config.model_config.max_model_len
     graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -132,7 +107,7 @@ def _allocate(
     max_rows = ops.chunk_rows(single_token_rows, max_length, config.page_size)
     state = CudaState(
         config=config,
-        plan=plan,
+        plan=layers.plan,
         selection=ops.Selection(
             config.page_size, config.budget_tokens, config.recent_tokens, config.sink_tokens
         ),
@@ -141,7 +116,7 @@ def _allocate(
             max_rows=max_rows,
             max_length=max_length,
             page_size=config.page_size,
-            logit_tokens=_logit_tokens(vllm_config, list(eligible.values()), max_rows, device),
+            logit_tokens=_logit_tokens(vllm_config, eligible, max_rows, device),
             device=device,
         ),
         counters=Counters(device),
@@ -159,11 +134,6 @@ def _allocate(
 
 def _shape(layer: Attention) -> ops.LayerShape:
     return ops.LayerShape(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size)
-
-
-def _is_eligible(layer: Attention) -> bool:
-    is_draft = getattr(layer, "is_draft_layer", False)
-    return bool(type(layer) is Attention and layer.impl.sliding_window == (-1, -1) and not is_draft)
 
 
 def _logit_tokens(

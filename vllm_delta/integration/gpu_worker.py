@@ -9,7 +9,8 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_delta.integration.cuda_state import CudaState, find_state
+from vllm_delta.integration.cuda_state import CudaState
+from vllm_delta.integration.layers import find_state
 
 
 class DeltaGPUWorker(Worker):  # type: ignore[misc]
@@ -31,7 +32,7 @@ class DeltaGPUWorker(Worker):  # type: ignore[misc]
         return self._delta_state().counters.as_dict()
 
     def _delta_state(self) -> CudaState:
-        state = find_state(self.vllm_config)
+        state: CudaState | None = find_state(self.vllm_config)
         if state is None:
             raise RuntimeError("DELTA is not set up in this worker")
         return state

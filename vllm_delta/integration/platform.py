@@ -19,7 +19,6 @@ from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.plugin import BACKEND_NAME
 from vllm_delta.integration.validation import (
     GPU_PAGE_SIZES,
-    check_block_size,
     check_config,
     check_cpu_cache,
     selects_delta,
@@ -83,8 +82,6 @@ def _prepare_cpu(vllm_config: Any) -> None:
     """Choose the block size, and check what vLLM's CPU platform does not."""
     choose_block_size(vllm_config)
     check_config(vllm_config, PAGE_SIZES)
-    config = DeltaConfig.from_additional_config(vllm_config.additional_config)
-    check_block_size(config, vllm_config.cache_config.block_size)
     check_cpu_cache(vllm_config)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_delta.integration.cpu import find_state
+from vllm_delta.integration.layers import find_state
+from vllm_delta.integration.state import DeltaState
 
 
 class DeltaCPUWorker(CPUWorker):  # type: ignore[misc]
@@ -22,7 +23,7 @@ class DeltaCPUWorker(CPUWorker):  # type: ignore[misc]
 
     def delta_counters(self) -> dict[str, Any]:
         """What DELTA did since start-up, see `vllm_delta.counters`; for ``collective_rpc``."""
-        state = find_state(self.vllm_config)
+        state: DeltaState | None = find_state(self.vllm_config)
         if state is None:
             raise RuntimeError("DELTA is not set up in this worker")
         return state.counters.as_dict()
