@@ -32,6 +32,9 @@ NEAR_TIE = 0.13
 CANDIDATES = 20
 ROUNDING = 0.25
 
+#: Sequences of a step that takes two launches; one takes 1024.
+MANY = 1100
+
 # backend, DELTA's settings, vLLM's options, environment
 ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, str]]] = {
     "dense": ("FLASH_ATTN", None, {}, {}),
@@ -176,3 +179,30 @@ def test_counters(results):
         assert layers["full"]["rows"] == rows
         assert layers["selection"]["rows"] == 2 * rows
         assert layers["sparse"]["rows"] - results[name][2]["dense_rows"]["prefill"] <= 4 * rows
+
+
+def generate_many(model, backend):
+    """First tokens of more sequences than one launch takes, and DELTA's counters."""
+    from engines import start_engine
+
+    generator = random.Random(1)
+    prompts = [[generator.randrange(10, 500) for _ in range(24)] for _ in range(MANY)]
+    options = {"dtype": "bfloat16", "max_num_seqs": MANY, "kv_cache_memory_bytes": 1 << 28}
+    with start_engine(model, backend, None, **options) as engine:
+        answers = engine.generate(prompts, 3, logprobs=2)
+        return answers, engine.counters() if backend == "DELTA" else {}
+
+
+@pytest.mark.slow
+def test_more_rows_than_a_launch_takes(tmp_path):
+    model = build_demo_model(tmp_path / "bf16", dtype="bfloat16", num_heads=8, hidden_size=256, head_dim=64)
+    spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(in_fresh_process, generate_many, model, backend, **spawn)
+            for backend in ("FLASH_ATTN", "DELTA")
+        ]
+        (dense, _), (answers, counts) = (run.result() for run in runs)
+    same = sum(answer.tokens[:2] == other.tokens[:2] for answer, other in zip(answers, dense, strict=True))
+    assert same > 0.9 * MANY, "but for near-ties, the second token is the same"
+    assert counts["layers"]["sparse"]["rows"] > 0
