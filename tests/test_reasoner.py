@@ -1,0 +1,122 @@
+"""The reasoner: problems that their prompts solve, checked step by step; a tokenizer; training and export."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reasoner import vocabulary
+from reasoner.problems import FAMILIES, TRACE_INPUTS, check, make_problem
+
+
+def solve(text):
+    """The answer to a problem's text, by a program that knows nothing of how it was made."""
+    family, *words = vocabulary.split(text)
+    facts, question = words[: words.index("?")], words[words.index("?") + 1 : -1]
+    answer = []
+    if family == "chase":
+        known = {name: (digit, after) for name, digit, after in zip(*[iter(facts)] * 3, strict=True)}
+        name, total = question[0], 0
+        while name in known:
+            digit, after = known[name]
+            total = (total + int(digit)) % 10
+            answer += [name, digit, str(total)]
+            name = after
+    elif family == "trace":
+        inputs, lines = facts[: 2 * TRACE_INPUTS], facts[2 * TRACE_INPUTS :]
+        values = dict(zip(inputs[::2], map(int, inputs[1::2]), strict=True))
+        for name, left, right in zip(*[iter(lines)] * 3, strict=True):
+            values[name] = (values[left] + values[right]) % 10
+            answer += [name, left, str(values[left]), right, str(values[right]), str(values[name])]
+        assert name == question[0]
+    else:
+        known = {name: digits for name, *digits in zip(*[iter(facts)] * 4, strict=True)}
+        for name in question:
+            answer += [name, *known[name]]
+    return " ".join(answer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [64, 500, 8192, 16384])
+def test_problems_have_one_answer(family: str, length: int) -> None:
+    generator = np.random.default_rng(length)
+    for _ in range(5):
+        problem = make_problem(family, length, generator)
+        assert 0.8 * length - 16 <= len(problem.tokens) <= length
+        text = vocabulary.decode(problem.prompt)
+        assert vocabulary.encode(text) == problem.prompt[1:].tolist()
+        outcome = check(problem, solve(text))
+        assert outcome.exact and outcome.right_steps == outcome.num_steps == problem.num_steps > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_answers_are_found(family: str) -> None:
+    problem = make_problem(family, 300, np.random.default_rng(0))
+    words = vocabulary.split(vocabulary.decode(problem.answer))
+    assert not check(problem, " ".join(words[:-1])).exact
+    assert not check(problem, " ".join([*words, "7"])).exact
+    middle = problem.num_steps // 2
+    words[problem.step * (middle + 1) - 1] = "?"
+    outcome = check(problem, " ".join(words))
+    assert (outcome.exact, outcome.right_steps) == (False, middle)
+
+
+def test_what_cannot_be_made_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of chase, trace, needles, not 'sums'"):
+        make_problem("sums", 100, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="64 tokens or more, not 20"):
+        make_problem("trace", 20, np.random.default_rng(0))
+
+
+def test_tokenizer_agrees_with_the_vocabulary(tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    vocabulary.save_tokenizer(str(tmp_path), 16384)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    problem = make_problem("trace", 200, np.random.default_rng(0))
+    text = vocabulary.decode(problem.prompt[:-1])
+    assert tokenizer.encode(text) == problem.prompt[:-1].tolist()
+    chat = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.encode(rendered, add_special_tokens=False) == problem.prompt.tolist()
+    answer = tokenizer.decode(problem.answer, skip_special_tokens=True)
+    assert check(problem, answer).exact
+
+
+def test_training_writes_a_model_that_transformers_loads(tmp_path) -> None:
+    """A few steps of a tiny network: the loss falls, and transformers computes what training computed."""
+    import csv
+
+    import torch
+    from reasoner import train
+    from transformers import AutoModelForCausalLM
+
+    log = tmp_path / "log.csv"
+    arguments = train.parse_arguments(
+        f"--out {tmp_path / 'model'} --log {log} --steps 12 --batch-tokens 1024 --length 256 --layers 2 "
+        "--workers 0 --log-every 1 --no-compile".split()
+    )
+    model = train.train(arguments)
+    train.export(model, arguments.out)
+    with log.open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    problem = make_problem("chase", 200, np.random.default_rng(0))
+    tokens = torch.from_numpy(problem.tokens)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
+    ours = model.bfloat16().float()(tokens)
+    assert (loaded(tokens).logits - ours).abs().max() < 1e-3 * ours.abs().max()
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    from reasoner.train import IGNORED, length_limit, make_batch
+
+    tokens, targets, families = make_batch(7, 1, 4096, 600)
+    again, _, _ = make_batch(7, 1, 4096, 600)
+    other, _, _ = make_batch(8, 1, 4096, 600)
+    assert np.array_equal(tokens, again)
+    assert tokens.shape != other.shape or not np.array_equal(tokens, other)
+    assert len(families) == len(tokens) and tokens.shape[1] % 64 == 0
+    rows, columns = np.nonzero(targets != IGNORED)
+    assert np.array_equal(targets[rows, columns], tokens[rows, columns + 1])
+    assert [length_limit(step, 100, 256, 16384) for step in (0, 50, 99)] == [256, 16384, 16384]
