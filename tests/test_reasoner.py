@@ -24,9 +24,10 @@ def solve(text):
     elif family == "trace":
         inputs, lines = facts[: 2 * TRACE_INPUTS], facts[2 * TRACE_INPUTS :]
         values = dict(zip(inputs[::2], map(int, inputs[1::2]), strict=True))
-        for name, left, right in zip(*[iter(lines)] * 3, strict=True):
+        for left, right, _, name in zip(*[iter(lines)] * 4, strict=True):
             values[name] = (values[left] + values[right]) % 10
-            answer += [name, left, str(values[left]), right, str(values[right]), str(values[name])]
+            for operand in (left, right, name):
+                answer += [operand, str(values[operand])]
         assert name == question[0]
     else:
         known = {name: digits for name, *digits in zip(*[iter(facts)] * 4, strict=True)}

@@ -5,8 +5,9 @@ All of a problem's facts come in random order, so where a step's facts lie canno
 
 - chase: facts ``name digit next``; from a name on, follow `next`, until it is ``=``. A step is
   ``name digit sum``, with the sum of the digits so far, mod 10.
-- trace: inputs ``name digit``, then the lines of a program, ``name left right``. A step is
-  ``name left value right value value``, the last one being the sum of both, mod 10.
+- trace: inputs ``name digit``, then the lines of a program, ``left right : name``. A step is
+  ``left value right value name value``, the last one being the sum of both, mod 10: wherever a name has a
+  value, it stands behind it.
 - needles: facts ``name digit digit digit``; the question is a list of names. A step repeats the fact.
 """
 
@@ -114,7 +115,7 @@ def _chase(length: int, generator: np.random.Generator) -> Problem:
 
 
 def _trace(length: int, generator: np.random.Generator) -> Problem:
-    num_lines = min((length - 2 * TRACE_INPUTS) // 9, vocabulary.NUM_NAMES - TRACE_INPUTS)
+    num_lines = min((length - 2 * TRACE_INPUTS) // 10, vocabulary.NUM_NAMES - TRACE_INPUTS)
     names = _some_names(TRACE_INPUTS + num_lines, generator)
     values = np.zeros(len(names), np.int64)
     values[:TRACE_INPUTS] = generator.integers(10, size=TRACE_INPUTS)
@@ -124,15 +125,9 @@ def _trace(length: int, generator: np.random.Generator) -> Problem:
         values[index] = (values[one] + values[other]) % 10
     value_tokens = vocabulary.first_digit() + values
     inputs = np.stack([names, value_tokens], 1)[:TRACE_INPUTS]
-    program = np.stack([names[line], names[left], names[right]], 1)
-    columns = [
-        names[line],
-        names[left],
-        value_tokens[left],
-        names[right],
-        value_tokens[right],
-        value_tokens[line],
-    ]
+    colon = np.full(num_lines, vocabulary.token_ids()[":"])
+    program = np.stack([names[left], names[right], colon, names[line]], 1)
+    columns = [column for index in (left, right, line) for column in (names[index], value_tokens[index])]
     facts = np.concatenate([inputs.ravel(), program.ravel()])
     return _problem("trace", facts, names[-1:], np.stack(columns, 1).ravel(), 6)
 

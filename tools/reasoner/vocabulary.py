@@ -14,7 +14,7 @@ VOWELS = "aeiou"
 NUM_NAMES = 4096
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-MARKS = ("chase", "trace", "needles", "?", "=")
+MARKS = ("chase", "trace", "needles", "?", "=", ":")
 DIGITS = tuple("0123456789")
 SPECIAL = (PAD, BOS, EOS)
 
