@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from gpu_cases import DEVICE, Batch, Case, eager_error, expect, expect_sparse
 
 from vllm_delta import reference
 from vllm_delta.gpu import ops
+from vllm_delta.gpu.tuning import MIN_TILE, choose_tuning
 from vllm_delta.integration import validation
 
 MIXED = (1, 300, 0, 64, 65, 17, 129)
@@ -99,6 +101,21 @@ def test_page_sizes_are_those_that_settings_may_name() -> None:
     assert validation.GPU_PAGE_SIZES == ops.PAGE_SIZES
 
 
+def test_tiles_fit_the_shared_memory() -> None:
+    for key_bytes, units, shared_memory, sparse in itertools.product(
+        (128, 256, 512, 1024), (1, 1000), (232448, 166912, 101376), (False, True)
+    ):
+        if key_bytes == 1024 and shared_memory == 101376:
+            continue
+        tuning = choose_tuning(key_bytes, units, shared_memory, sparse=sparse)
+        assert tuning.num_stages * tuning.tile * 2 * key_bytes < shared_memory
+        assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2
+    with pytest.raises(ValueError, match="need more shared memory than 101376 bytes"):
+        choose_tuning(1024, 1, 101376, sparse=False)
+    with pytest.raises(ValueError, match="no kernel for keys of 2048 bytes"):
+        choose_tuning(2048, 1, 232448, sparse=False)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layers_equal_reference(name: str) -> None:
     check_batch(Batch(CASES[name]))
@@ -142,7 +159,7 @@ def test_schedule_covers_every_token_once(lengths: tuple[int, ...]) -> None:
             assert begin == covered[row] < end, "pieces of a row follow one another and are not empty"
             covered[row] = end
         assert covered == tokens
-    tuning, _ = ops._tunings(batch.shape, 2, len(lengths))
+    tuning, _ = ops._tunings(batch.shape, 2, len(lengths), torch.device(DEVICE))
     programs = ops._programs(1, tuning, DEVICE)
     used = [piece for piece in batch.schedule.pieces[0].tolist() if piece[0] >= 0]
     assert len(used) <= programs + sum(map(bool, lengths))

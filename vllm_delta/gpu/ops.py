@@ -8,9 +8,10 @@ All buffers belong to a `Workspace`, are allocated once, and keep their addresse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-import triton.language
+import triton
 from torch import Tensor
 
 from vllm_delta.gpu.attention import attention_kernel, combine_kernel
@@ -307,8 +308,8 @@ def make_schedule(
     """
     if len(rows) == 0:
         return
-    selecting, sparse = _tunings(shape, itemsize, len(rows))
     device = rows.lengths.device
+    selecting, sparse = _tunings(shape, itemsize, len(rows), device)
     schedule_kernel[(2,)](
         rows.tokens,
         rows.requests,
@@ -427,7 +428,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
     query, kv_cache = inputs.query, inputs.kv_cache
     if len(rows) == 0:
         return
-    tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows))
+    tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
     num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
     score_logits_kernel[(num_pieces, SCORE_SHARES)](
         workspace.logits,
@@ -502,7 +503,7 @@ def _attention(
     query, kv_cache, schedule = inputs.query, inputs.kv_cache, inputs.schedule
     if len(rows) == 0:
         return
-    tuning = _tunings(shape, parameters.dtype.itemsize, len(rows))[sparse]
+    tuning = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)[sparse]
     num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
     attention_kernel[(num_pieces, shape.num_kv_heads)](
@@ -590,11 +591,12 @@ def _scales(parameters: AttentionParameters, placeholder: Tensor) -> tuple[Tenso
     return (*parameters.scales, True)
 
 
-def _tunings(shape: LayerShape, itemsize: int, rows: int) -> tuple[Tuning, Tuning]:
-    size, units = shape.padded_head_size, rows * shape.num_kv_heads
+def _tunings(shape: LayerShape, itemsize: int, rows: int, device: torch.device) -> tuple[Tuning, Tuning]:
+    key_bytes, units = shape.padded_head_size * itemsize, rows * shape.num_kv_heads
+    shared_memory = _shared_memory(device)
     return (
-        choose_tuning(size, itemsize, units, sparse=False),
-        choose_tuning(size, itemsize, units, sparse=True),
+        choose_tuning(key_bytes, units, shared_memory, sparse=False),
+        choose_tuning(key_bytes, units, shared_memory, sparse=True),
     )
 
 
@@ -612,6 +614,16 @@ def _multiprocessors(device: torch.device) -> int:
         return 8  # the interpreter's stand-in
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take, by Triton's own measure."""
+    if device.type != "cuda":
+        return 1 << 30  # the interpreter has no limit
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return limit
 
 
 def _has_dependent_launch(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ through shared memory, ``num_stages - 1`` tiles ahead, so a tile shrinks as a to
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -68,18 +69,40 @@ _SPARSE = (
 )
 
 
-def choose_tuning(padded_head_size: int, itemsize: int, units: int, *, sparse: bool) -> Tuning:
-    """The settings for keys of `padded_head_size` elements of `itemsize` bytes, as the kernel computes.
+#: Bytes of shared memory that a program takes beside its tiles, at most.
+_SHARED_MARGIN = 12 << 10
 
-    `units` is the number of rows times KV heads.
+
+def choose_tuning(key_bytes: int, units: int, shared_memory: int, *, sparse: bool) -> Tuning:
+    """The settings for keys of `key_bytes`, padded and in the type in which the kernel computes.
+
+    Args:
+        key_bytes: at most 1024.
+        units: rows times KV heads.
+        shared_memory: bytes that a program may take. Where the measured settings need more, fewer or smaller
+            tiles are in flight.
+        sparse: for sparse layers, else for selection layers.
 
     Raises:
-        ValueError: keys of more than 1024 bytes.
+        ValueError: longer keys, or too little shared memory for the smallest tiles.
     """
     for choice in _SPARSE if sparse else _SELECTION:
-        if padded_head_size * itemsize <= choice.key_bytes:
-            return choice.small if units <= choice.small_units else choice.large
-    raise ValueError(f"no kernel for a head size of {padded_head_size} elements of {itemsize} bytes")
+        if key_bytes <= choice.key_bytes:
+            return _fit(
+                choice.small if units <= choice.small_units else choice.large, key_bytes, shared_memory
+            )
+    raise ValueError(f"no kernel for keys of {key_bytes} bytes")
+
+
+def _fit(tuning: Tuning, key_bytes: int, shared_memory: int) -> Tuning:
+    while tuning.num_stages * tuning.tile * 2 * key_bytes + _SHARED_MARGIN > shared_memory:
+        if tuning.num_stages > 2:
+            tuning = dataclasses.replace(tuning, num_stages=tuning.num_stages - 1)
+        elif tuning.tile > MIN_TILE:
+            tuning = dataclasses.replace(tuning, tile=tuning.tile // 2)
+        else:
+            raise ValueError(f"keys of {key_bytes} bytes need more shared memory than {shared_memory} bytes")
+    return tuning
 
 
 def all_tunings() -> list[Tuning]:
