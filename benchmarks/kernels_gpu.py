@@ -141,7 +141,7 @@ class Layers:
             self.selection,
             self.counters,
             self.output,
-            self.table.pages,
+            self.table,
             sparse=False,
             frames=False,
         )
@@ -286,7 +286,7 @@ def tune(shape: ops.LayerShape) -> None:
             for candidate in candidates:
                 if not sparse and candidate.tile * candidate.num_stages > 384:
                     continue
-                table = (tuning.Choice(1024, 0, candidate, candidate),)
+                table = (tuning.Rule(candidate, key_bytes=1024),)
                 name = "_SPARSE" if sparse else "_SELECTION"
                 with mock.patch.object(tuning, name, table):
                     layers.schedule = ops.Schedule.allocate(layers.case.batch, shape.num_kv_heads, "cuda")

@@ -122,8 +122,9 @@ def train(arguments: argparse.Namespace) -> Reasoner:
     optimizer = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.98), fused=device == "cuda")
     rows, seen, start = [], 0, time.perf_counter()
     for step, (tokens, targets, families) in enumerate(batches(arguments)):
+        rate = learning_rate(step, arguments.steps, arguments.rate)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, arguments.rate)
+            group["lr"] = rate
         inputs, wanted = (torch.from_numpy(array).to(device) for array in (tokens, targets))
         with torch.autocast(device, torch.bfloat16):
             logits = run(inputs)
@@ -141,7 +142,7 @@ def train(arguments: argparse.Namespace) -> Reasoner:
                 "tokens": seen,
                 "seconds": round(time.perf_counter() - start, 1),
                 "length": tokens.shape[1],
-                "rate": learning_rate(step, arguments.steps, arguments.rate),
+                "rate": rate,
                 "loss": round(loss.item(), 5),
             }
             row |= {f"right_{name}": round(value, 5) for name, value in zip(FAMILIES, accuracy, strict=True)}

@@ -18,9 +18,11 @@ MARKS = ("chase", "trace", "needles", "?", "=", ":")
 DIGITS = tuple("0123456789")
 SPECIAL = (PAD, BOS, EOS)
 
-_WORD = re.compile(r"[a-z]+|\d|\S")
+_PATTERN = r"[a-z]+|[0-9]|[^\sa-z0-9]"
+_WORD = re.compile(_PATTERN)
 
 
+@cache
 def names() -> tuple[str, ...]:
     """The names, in the order of their tokens: `NUM_NAMES` of the words of two syllables."""
     syllables = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
@@ -84,7 +86,7 @@ def save_tokenizer(folder: str, max_length: int) -> None:
 
     ids: dict[str, int] = token_ids()
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PATTERN), "removed", invert=True)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("$"), " "), decoders.Fuse()])
     bos: Sequence[tuple[str, int]] = [(BOS, ids[BOS])]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=bos)

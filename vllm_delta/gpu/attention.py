@@ -46,6 +46,7 @@ def decode_distance(code):
 @triton.jit
 def token_offsets(
     token,  # int32 [TILE]: which of the row's tokens or, if `selected`, of its kept tokens
+    end,  # tokens from it on stand for the one before it
     table_row_ptr,  # the row's selection table
     block_row_ptr,  # the row's block table
     selected,  # whether the tokens are those of the selection table; read where SPARSE
@@ -57,6 +58,7 @@ def token_offsets(
     BLOCK: tl.constexpr,
 ):
     """Where tokens lie in one head of the cache, in elements: int64 ``[TILE]``."""
+    token = tl.minimum(token, end - 1)
     if SPARSE and FRAMES:
         pages_per_block: tl.constexpr = BLOCK // PAGE
         entries_ptr = tl.where(selected, table_row_ptr, block_row_ptr)
@@ -79,6 +81,16 @@ def load_vectors(ptrs, mask, ALL: tl.constexpr):
     else:
         vectors = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
     return vectors
+
+
+@triton.jit
+def load_queries(query_row_ptr, head, has_head, dim, has_dim, query_stride_head):
+    """The queries of one KV head, ``[D_PAD, COLUMNS]``, zero where there is none."""
+    return tl.load(
+        query_row_ptr + head[None, :] * query_stride_head + dim[:, None],
+        mask=has_head[None, :] & has_dim[:, None],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -153,11 +165,8 @@ def attention_kernel(
     dim = tl.arange(0, D_PAD)
     has_dim = dim < D
     position = tl.arange(0, TILE)
-    q = tl.load(
-        query_ptr + token_of_row * query_stride_token + head[None, :] * query_stride_head + dim[:, None],
-        mask=has_head[None, :] & has_dim[:, None],
-        other=0.0,
-    ).to(COMPUTE)
+    query_row_ptr = query_ptr + token_of_row * query_stride_token
+    q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_stride_head).to(COMPUTE)
     if QUANTIZED:
         scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
     block_row_ptr = block_table_ptr + request * block_table_stride
@@ -169,7 +178,8 @@ def attention_kernel(
     totals = tl.zeros([TILE, COLUMNS], tl.float32)  # of each place in a tile, summed up at the end
     accumulated = tl.zeros([D_PAD, COLUMNS], tl.float32)
     offsets = token_offsets(
-        tl.minimum(begin + position, end - 1),
+        begin + position,
+        end,
         table_row_ptr,
         block_row_ptr,
         table_end > 0,
@@ -190,7 +200,8 @@ def attention_kernel(
         )
         # A tile ahead: what is loaded by address is pipelined, but for the loads of its addresses.
         offsets = token_offsets(
-            tl.minimum(token + TILE, end - 1),
+            token + TILE,
+            end,
             table_row_ptr,
             block_row_ptr,
             table_end > 0,
@@ -212,7 +223,6 @@ def attention_kernel(
         accumulated = tl.dot(v, probability.to(COMPUTE), accumulated, input_precision="ieee")
         maximum = new_maximum
         if not SPARSE:
-            # Last, since the fence ahead of a matrix product waits for stores that are on their way.
             tile = (first_logit_tile + start // LOGIT_TILE).to(tl.int64)
             subtile = tile * (LOGIT_TILE // TILE) + start % LOGIT_TILE // TILE
             place = (tile * KV_HEADS + kv_head) * LOGIT_TILE + token % LOGIT_TILE

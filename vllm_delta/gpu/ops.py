@@ -153,7 +153,7 @@ class Schedule:
     @property
     def nbytes(self) -> int:
         """Bytes that the schedule takes."""
-        return self.pieces.nbytes + self.row_pieces.nbytes
+        return _tensor_bytes(self)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class SelectionTable:
     @property
     def nbytes(self) -> int:
         """Bytes that the table takes."""
-        return self.pages.nbytes + self.frames.nbytes
+        return _tensor_bytes(self)
 
     def slice(self, begin: int, end: int) -> SelectionTable:
         """Rows `begin` to `end`, as views."""
@@ -270,7 +270,7 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes that the workspace takes."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        return _tensor_bytes(self)
 
     def logit_capacity(self, shape: LayerShape) -> int:
         """Tiles of logits that fit, for layers of that shape."""
@@ -353,7 +353,7 @@ def selection_attention(
         output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
         table: of at least as many rows; is written.
     """
-    _attention(inputs, workspace, selection, counters, output, table.pages, sparse=False, frames=False)
+    _attention(inputs, workspace, selection, counters, output, table, sparse=False, frames=False)
     page_scores(inputs, workspace, selection)
     select_pages(
         workspace.scores, inputs.rows, inputs.block_table, inputs.kv_cache.shape[2], selection, table
@@ -374,8 +374,7 @@ def sparse_attention(
 
     `same_blocks` says that the selection layer had the same block table, so that page frames hold.
     """
-    entries = table.frames if same_blocks else table.pages
-    _attention(inputs, workspace, selection, counters, output, entries, sparse=True, frames=same_blocks)
+    _attention(inputs, workspace, selection, counters, output, table, sparse=True, frames=same_blocks)
 
 
 def select_pages(
@@ -493,12 +492,13 @@ def _attention(
     selection: Selection,
     counters: Tensor,
     output: Tensor,
-    table: Tensor,
+    table: SelectionTable,
     *,
     sparse: bool,
     frames: bool,
 ) -> None:
-    _check(inputs, workspace, selection, output, table)
+    entries = table.frames if frames else table.pages
+    _check(inputs, workspace, selection, output, entries)
     rows, parameters, shape = inputs.rows, inputs.parameters, inputs.shape
     query, kv_cache, schedule = inputs.query, inputs.kv_cache, inputs.schedule
     if len(rows) == 0:
@@ -511,7 +511,7 @@ def _attention(
         kv_cache,
         inputs.block_table,
         schedule.pieces[int(sparse)],
-        table,
+        entries,
         workspace.logits,
         workspace.logit_maxima,
         workspace.partial,
@@ -526,7 +526,7 @@ def _attention(
         kv_cache.stride(1),
         kv_cache.stride(2),
         inputs.block_table.stride(0),
-        table.stride(0),
+        entries.stride(0),
         H=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         GROUP=shape.padded_group,
@@ -598,6 +598,10 @@ def _tunings(shape: LayerShape, itemsize: int, rows: int, device: torch.device) 
         choose_tuning(key_bytes, units, shared_memory, sparse=False),
         choose_tuning(key_bytes, units, shared_memory, sparse=True),
     )
+
+
+def _tensor_bytes(owner: object) -> int:
+    return sum(value.nbytes for value in vars(owner).values() if isinstance(value, Tensor))
 
 
 def _programs(num_kv_heads: int, tuning: Tuning, device: torch.device | str) -> int:

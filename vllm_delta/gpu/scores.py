@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_delta.gpu.attention import decode_distance, load_vectors, scaled_logits, token_offsets
+from vllm_delta.gpu.attention import (
+    decode_distance,
+    load_queries,
+    load_vectors,
+    scaled_logits,
+    token_offsets,
+)
 
 
 @triton.jit
@@ -136,6 +142,8 @@ def score_keys_kernel(
     dim = tl.arange(0, D_PAD)
     has_dim = dim < D
     position = tl.arange(0, TILE)
+    if QUANTIZED:
+        scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
     query_row_ptr = query_ptr + token_of_row * query_stride_token
     block_row_ptr = block_table_ptr + request * block_table_stride
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
@@ -143,7 +151,8 @@ def score_keys_kernel(
         token = start + position
         valid = token < end
         offsets = token_offsets(
-            tl.minimum(token, end - 1),
+            token,
+            end,
             block_row_ptr,
             block_row_ptr,
             False,
@@ -158,17 +167,10 @@ def score_keys_kernel(
         for kv_head in range(KV_HEADS):
             head = kv_head * heads + group
             kv_head_offset = (tl.zeros([], tl.int64) + kv_head) * kv_stride_head
-            q = tl.load(
-                query_row_ptr + head[None, :] * query_stride_head + dim[:, None],
-                mask=has_head[None, :] & has_dim[:, None],
-                other=0.0,
-            ).to(COMPUTE)
+            q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_stride_head).to(COMPUTE)
             k_ptrs = kv_cache_ptr + kv_head_offset + offsets[:, None] + dim[None, :]
             k = load_vectors(k_ptrs, has_dim[None, :], D == D_PAD).to(COMPUTE)
-            head_scale = scale
-            if QUANTIZED:
-                head_scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
-            x = scaled_logits(tl.dot(k, q, input_precision="ieee"), head_scale, softcap, SOFTCAP)
+            x = scaled_logits(tl.dot(k, q, input_precision="ieee"), scale, softcap, SOFTCAP)
             lse = tl.load(lse_ptr + row * H + head, mask=has_head, other=float("inf"))
             best = tl.maximum(best, tl.max(x - lse[None, :], 1))
         store_page_scores(best, valid, scores_row_ptr, start, length, PAGE, TILE)

@@ -8,6 +8,7 @@ through shared memory, ``num_stages - 1`` tiles ahead, so a tile shrinks as a to
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 
@@ -25,49 +26,34 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The settings for keys of up to so many bytes, in the kernel's own type."""
+class Rule:
+    """Settings, and up to where they hold."""
 
+    tuning: Tuning
+    #: of a key, padded and in the kernel's own type
     key_bytes: int
-    #: rows times KV heads of a small step, at most
-    small_units: int
-    small: Tuning
-    large: Tuning
+    #: rows times KV heads
+    units: float = math.inf
 
 
 #: The least tile of any setting, in tokens.
 MIN_TILE = 32
 
+# The first rule that holds counts.
+_LONG_KEYS = (
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=2), key_bytes=512),
+    Rule(Tuning(tile=32, num_warps=4, num_stages=2, programs=2), key_bytes=1024),
+)
 _SELECTION = (
-    Choice(
-        256,
-        128,
-        Tuning(tile=64, num_warps=4, num_stages=4, programs=2),
-        Tuning(tile=64, num_warps=4, num_stages=3, programs=3),
-    ),
-    Choice(
-        512,
-        0,
-        Tuning(tile=64, num_warps=4, num_stages=2, programs=2),
-        Tuning(tile=64, num_warps=4, num_stages=2, programs=2),
-    ),
-    Choice(
-        1024,
-        0,
-        Tuning(tile=32, num_warps=4, num_stages=2, programs=2),
-        Tuning(tile=32, num_warps=4, num_stages=2, programs=2),
-    ),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=4, programs=2), key_bytes=256, units=128),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=3), key_bytes=256),
+    *_LONG_KEYS,
 )
 _SPARSE = (
-    Choice(
-        256,
-        8,
-        Tuning(tile=128, num_warps=4, num_stages=2, programs=1),
-        Tuning(tile=64, num_warps=4, num_stages=2, programs=4),
-    ),
-    *_SELECTION[1:],
+    Rule(Tuning(tile=128, num_warps=4, num_stages=2, programs=1), key_bytes=256, units=8),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=4), key_bytes=256),
+    *_LONG_KEYS,
 )
-
 
 #: Bytes of shared memory that a program takes beside its tiles, at most.
 _SHARED_MARGIN = 12 << 10
@@ -86,11 +72,9 @@ def choose_tuning(key_bytes: int, units: int, shared_memory: int, *, sparse: boo
     Raises:
         ValueError: longer keys, or too little shared memory for the smallest tiles.
     """
-    for choice in _SPARSE if sparse else _SELECTION:
-        if key_bytes <= choice.key_bytes:
-            return _fit(
-                choice.small if units <= choice.small_units else choice.large, key_bytes, shared_memory
-            )
+    for rule in _SPARSE if sparse else _SELECTION:
+        if key_bytes <= rule.key_bytes and units <= rule.units:
+            return _fit(rule.tuning, key_bytes, shared_memory)
     raise ValueError(f"no kernel for keys of {key_bytes} bytes")
 
 
@@ -107,4 +91,4 @@ def _fit(tuning: Tuning, key_bytes: int, shared_memory: int) -> Tuning:
 
 def all_tunings() -> list[Tuning]:
     """All settings."""
-    return [tuning for choice in (*_SELECTION, *_SPARSE) for tuning in (choice.small, choice.large)]
+    return [rule.tuning for rule in (*_SELECTION, *_SPARSE)]

@@ -258,5 +258,5 @@ def _shared_state(vllm_config: VllmConfig) -> DeltaState:
         table=SelectionTable.allocate(max_rows, config.budget_pages),
         workspace=max(workspaces, key=Tensor.numel),
     )
-    layers.share(config, state)
+    layers.share(state)
     return state

@@ -91,7 +91,7 @@ def set_up(vllm_config: VllmConfig, device: torch.device) -> CudaState:
     layers = local_layers(config, vllm_config, DeltaCUDAImpl)
     with torch.inference_mode(False):  # else steps could not write into what a profiling run allocates
         state = _allocate(vllm_config, config, layers, device)
-    layers.share(config, state)
+    layers.share(state)
     return state
 
 

@@ -27,13 +27,13 @@ class LocalLayers:
     eligible: dict[int, Attention]
     plan: Plan
 
-    def share(self, config: DeltaConfig, state: Any) -> None:
-        """Hand a state, which has `nbytes`, and their roles to all layers; tell the user."""
+    def share(self, state: Any) -> None:
+        """Hand a worker's state and their roles to all layers; tell the user."""
         for index, layer in self.served.items():
             layer.impl.delta = state
             layer.impl.role = self.plan.roles.get(index)
         if get_tensor_model_parallel_rank() == 0:
-            _log_plan(config, self.plan, state.nbytes)
+            _log_plan(state.config, self.plan, state.nbytes)
 
 
 def find_state(vllm_config: VllmConfig) -> Any:
