@@ -34,14 +34,17 @@ class Engine:
     def generate(
         self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None
     ) -> list[Answer]:
-        """Greedy continuations of token prompts, as one batch."""
+        """Greedy continuations of token prompts, which start together: equal calls make equal steps."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
         )
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [result.outputs[0] for result in self.llm.generate(requests, sampling, use_tqdm=False)]
+        self.llm.sleep(level=0)  # pauses the scheduler only
+        self.llm.enqueue(requests, sampling, use_tqdm=False)
+        self.llm.wake_up(tags=["scheduling"])
+        outputs = [result.outputs[0] for result in self.llm.wait_for_completion(use_tqdm=False)]
         return [
             Answer(
                 tokens=list(output.token_ids),

@@ -12,12 +12,13 @@ from demo_model import build_demo_model
 
 pytestmark = pytest.mark.gpu
 
+#: No full layers: FlashAttention, which computes them, splits their work otherwise without CUDA graphs.
 SMALL = {
     "budget_tokens": 256,
     "recent_tokens": 32,
     "sink_tokens": 16,
-    "full_layers": 1,
-    "selection_layers": [1, 4],
+    "full_layers": 0,
+    "selection_layers": [0, 4],
 }
 LENGTHS = [40, 700, 256, 1300, 16, 333, 900, 257]
 STEPS = 64
@@ -28,32 +29,32 @@ NEAR_TIE = 0.13
 
 #: A page that falls out for another of about the same score changes the answers of random weights as much as
 #: another prompt would, so where the model's own arithmetic differs, only the first decode step is compared:
-#: its likeliest tokens. On CPUs rounding moves their log-probabilities by 0.15, another budget by 0.3 to 1.2.
+#: its likeliest tokens. Another budget moves their log-probabilities by 0.4 to 1.3, and leaves at most 12 of
+#: 20 in place. Rounding moves them by up to 0.2 in bfloat16; float16 is eight times finer.
 CANDIDATES = 20
-ROUNDING = 0.25
+ROUNDING = 0.2
 
 #: Sequences of a step that takes two launches; one takes 1024.
 MANY = 1100
+
+FINE = {"dtype": "float16"}
+FP8 = {"kv_cache_dtype": "fp8"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 # backend, DELTA's settings, vLLM's options, environment
 ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, str]]] = {
     "dense": ("FLASH_ATTN", None, {}, {}),
     "large budget": ("DELTA", None, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
-    "graphs": ("DELTA", SMALL, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
-    "no graphs": ("DELTA", SMALL, {"compilation_config": {"cudagraph_mode": "NONE"}}, {}),
-    "eager": ("DELTA", SMALL, {"enforce_eager": True}, {}),
-    "V1 runner": ("DELTA", SMALL, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
-    "chunks": ("DELTA", SMALL, {"max_num_batched_tokens": 200}, {}),
-    "preemptions": ("DELTA", SMALL, {"num_gpu_blocks_override": 190}, {}),
-    "large blocks": ("DELTA", SMALL, {"block_size": 64}, {}),
-    "fp8 cache, dense": ("FLASH_ATTN", None, {"kv_cache_dtype": "fp8"}, {}),
-    "fp8 cache": ("DELTA", None, {"kv_cache_dtype": "fp8"}, {}),
-    "ngram": (
-        "DELTA",
-        SMALL,
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        {},
-    ),
+    "fp8 cache, dense": ("FLASH_ATTN", None, FP8, {}),
+    "fp8 cache": ("DELTA", None, FP8, {}),
+    "graphs": ("DELTA", SMALL, FINE, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "no graphs": ("DELTA", SMALL, FINE | {"compilation_config": {"cudagraph_mode": "NONE"}}, {}),
+    "eager": ("DELTA", SMALL, FINE | {"enforce_eager": True}, {}),
+    "V1 runner": ("DELTA", SMALL, FINE, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "chunks": ("DELTA", SMALL, FINE | {"max_num_batched_tokens": 200}, {}),
+    "preemptions": ("DELTA", SMALL, FINE | {"num_gpu_blocks_override": 190}, {}),
+    "large blocks": ("DELTA", SMALL, FINE | {"block_size": 64}, {}),
+    "ngram": ("DELTA", SMALL, FINE | {"speculative_config": NGRAM}, {}),
 }
 
 
@@ -87,6 +88,7 @@ def results(tmp_path_factory):
         num_kv_heads=2,
         head_dim=64,
         max_position_embeddings=2048,
+        score_std=4.0,  # attention so sharp that pages about the last place hold little
     )
 
     def run(name):
@@ -120,10 +122,6 @@ def test_budget_of_the_context_equals_dense(results):
     assert counts["attended_tokens"] == counts["context_tokens"] > 0
 
 
-def test_fp8_cache_equals_dense(results):
-    assert_same_until_near_tie(results["fp8 cache"][0], results["fp8 cache, dense"][0])
-
-
 def distance_at_first_decode(answer, other):
     """Largest difference of the log-probabilities at the first decode step; None after another token.
 
@@ -144,6 +142,11 @@ def assert_close_at_first_decode(answers, expected):
     distances = [distance for pair in pairs if (distance := distance_at_first_decode(*pair)) is not None]
     assert len(distances) > len(expected) / 2
     assert max(distances) < ROUNDING
+
+
+def test_fp8_cache_equals_dense(results):
+    """FlashAttention takes queries and probabilities in 8 bits, too, which DELTA's kernels do not."""
+    assert_close_at_first_decode(results["fp8 cache"][0], results["fp8 cache, dense"][0])
 
 
 def test_first_decode_step_tells_sparse_from_dense(results):
@@ -179,9 +182,10 @@ def test_counters(results):
     rows = 2 * len(LENGTHS) * (STEPS - 1)
     for name in ("graphs", "no graphs", "eager", "V1 runner"):
         layers = results[name][2]["layers"]
-        assert layers["full"]["rows"] == rows
+        assert layers["full"]["rows"] == 0
         assert layers["selection"]["rows"] == 2 * rows
-        assert layers["sparse"]["rows"] - results[name][2]["dense_rows"]["prefill"] <= 4 * rows
+        assert layers["sparse"]["rows"] - results[name][2]["dense_rows"]["prefill"] <= 5 * rows
+    assert results["large budget"][2]["layers"]["full"]["rows"] == 2 * rows
 
 
 def generate_many(model, backend):

@@ -36,40 +36,60 @@ def encode_distance(distance):
 @triton.jit
 def decode_distance(code):
     """What `encode_distance` wrote, float32."""
-    code = (code.to(tl.int32) & 0xFFFF).to(tl.float32)
-    near = code * (1.0 / 8192.0)
-    middle = code * (1.0 / 1024.0) - 28.0
-    far = code * (1.0 / 128.0) - 364.0
+    # 2^23 + code, as in `encode_distance`: a conversion of integers would take longer than all the rest.
+    code = ((code.to(tl.int32) & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True)
+    near = code * (1.0 / 8192.0) - 1024.0
+    middle = code * (1.0 / 1024.0) - 8220.0
+    far = code * (1.0 / 128.0) - 65900.0
     return tl.maximum(near, tl.maximum(middle, far))
 
 
 @triton.jit
-def token_offsets(
+def load_entries(
     token,  # int32 [TILE]: which of the row's tokens or, if `selected`, of its kept tokens
     end,  # tokens from it on stand for the one before it
     table_row_ptr,  # the row's selection table
     block_row_ptr,  # the row's block table
     selected,  # whether the tokens are those of the selection table; read where SPARSE
-    kv_stride_block,
-    kv_stride_token,
     SPARSE: tl.constexpr,
     FRAMES: tl.constexpr,  # the selection table holds page frames, not pages
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where tokens lie in one head of the cache, in elements: int64 ``[TILE]``."""
+    """The tokens' blocks or, if `selected`, their page frames: int32 ``[TILE]``."""
     token = tl.minimum(token, end - 1)
-    if SPARSE and FRAMES:
-        pages_per_block: tl.constexpr = BLOCK // PAGE
+    if SPARSE:
         entries_ptr = tl.where(selected, table_row_ptr, block_row_ptr)
         entry = tl.load(entries_ptr + tl.where(selected, token // PAGE, token // BLOCK))
+        if not FRAMES:
+            pages_per_block: tl.constexpr = BLOCK // PAGE
+            page = tl.where(selected, entry, 0)
+            block = tl.load(block_row_ptr + page // pages_per_block)
+            entry = tl.where(selected, block * pages_per_block + page % pages_per_block, entry)
+    else:
+        entry = tl.load(block_row_ptr + token // BLOCK)
+    return entry
+
+
+@triton.jit
+def entry_offsets(
+    entry,  # of `load_entries`, as are the arguments below
+    token,
+    end,
+    selected,
+    kv_stride_block,
+    kv_stride_token,
+    SPARSE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where tokens lie in one head of the cache, in elements: int64 ``[TILE]``."""
+    token = tl.minimum(token, end - 1)
+    block = entry
+    if SPARSE:
+        pages_per_block: tl.constexpr = BLOCK // PAGE
         block = tl.where(selected, entry // pages_per_block, entry)
         token = tl.where(selected, entry % pages_per_block * PAGE + token % PAGE, token)
-    else:
-        if SPARSE:
-            page = tl.load(table_row_ptr + tl.where(selected, token // PAGE, 0))
-            token = tl.where(selected, page * PAGE + token % PAGE, token)
-        block = tl.load(block_row_ptr + token // BLOCK)
     return block.to(tl.int64) * kv_stride_block + (token % BLOCK) * kv_stride_token
 
 
@@ -171,46 +191,31 @@ def attention_kernel(
         scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
     block_row_ptr = block_table_ptr + request * block_table_stride
     table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
+    selected = table_end > 0
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
     logit_columns = tl.where(first_logit_tile >= 0, GROUP, 0)
 
     maximum = tl.full([COLUMNS], -float("inf"), tl.float32)
     totals = tl.zeros([TILE, COLUMNS], tl.float32)  # of each place in a tile, summed up at the end
     accumulated = tl.zeros([D_PAD, COLUMNS], tl.float32)
-    offsets = token_offsets(
-        begin + position,
-        end,
-        table_row_ptr,
-        block_row_ptr,
-        table_end > 0,
-        kv_stride_block,
-        kv_stride_token,
-        SPARSE,
-        FRAMES,
-        PAGE,
-        BLOCK,
+    entry = load_entries(
+        begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, PAGE, BLOCK
     )
     for start in range(begin, end, TILE):
         token = start + position
+        offsets = entry_offsets(
+            entry, token, end, selected, kv_stride_block, kv_stride_token, SPARSE, PAGE, BLOCK
+        )
         k = load_vectors(kv_head_ptr + offsets[:, None] + dim[None, :], has_dim[None, :], D == D_PAD).to(
             COMPUTE
         )
         v = load_vectors(kv_head_ptr + D + offsets[None, :] + dim[:, None], has_dim[:, None], D == D_PAD).to(
             COMPUTE
         )
-        # A tile ahead: what is loaded by address is pipelined, but for the loads of its addresses.
-        offsets = token_offsets(
-            token + TILE,
-            end,
-            table_row_ptr,
-            block_row_ptr,
-            table_end > 0,
-            kv_stride_block,
-            kv_stride_token,
-            SPARSE,
-            FRAMES,
-            PAGE,
-            BLOCK,
+        # Triton pipelines what is loaded by address, but not the loads of its addresses: these come a tile
+        # ahead, and nothing is computed from them before it is that tile's turn.
+        entry = load_entries(
+            token + TILE, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, PAGE, BLOCK
         )
         x = scaled_logits(tl.dot(k, q, input_precision="ieee"), scale, softcap, SOFTCAP)
         x = tl.where((token < end)[:, None], x, -float("inf"))

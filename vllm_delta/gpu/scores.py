@@ -13,10 +13,11 @@ import triton.language as tl
 
 from vllm_delta.gpu.attention import (
     decode_distance,
+    entry_offsets,
+    load_entries,
     load_queries,
     load_vectors,
     scaled_logits,
-    token_offsets,
 )
 
 
@@ -150,18 +151,9 @@ def score_keys_kernel(
     for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
         token = start + position
         valid = token < end
-        offsets = token_offsets(
-            token,
-            end,
-            block_row_ptr,
-            block_row_ptr,
-            False,
-            kv_stride_block,
-            kv_stride_token,
-            False,
-            False,
-            PAGE,
-            BLOCK,
+        entry = load_entries(token, end, block_row_ptr, block_row_ptr, False, False, False, PAGE, BLOCK)
+        offsets = entry_offsets(
+            entry, token, end, False, kv_stride_block, kv_stride_token, False, PAGE, BLOCK
         )
         best = tl.full([TILE], -float("inf"), tl.float32)
         for kv_head in range(KV_HEADS):

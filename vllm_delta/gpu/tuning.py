@@ -45,12 +45,12 @@ _LONG_KEYS = (
     Rule(Tuning(tile=32, num_warps=4, num_stages=2, programs=2), key_bytes=1024),
 )
 _SELECTION = (
-    Rule(Tuning(tile=64, num_warps=4, num_stages=4, programs=2), key_bytes=256, units=128),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=3), key_bytes=256),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256),
     *_LONG_KEYS,
 )
 _SPARSE = (
     Rule(Tuning(tile=128, num_warps=4, num_stages=2, programs=1), key_bytes=256, units=8),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=32),
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=4), key_bytes=256),
     *_LONG_KEYS,
 )
