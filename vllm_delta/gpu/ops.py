@@ -29,8 +29,9 @@ LOGIT_TILE = 128
 #: Bytes of a logit, with its share of the tiles' maxima.
 LOGIT_BYTES = 2 + 4 / MIN_TILE
 
-#: Programs that score a piece of a row.
+#: Programs that score a piece of a row, and the tiles of logits that each has in flight.
 SCORE_SHARES = 32
+SCORE_STAGES = 3
 
 #: Rows that one launch takes at most.
 MAX_CHUNK_ROWS = 1024
@@ -445,6 +446,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         SUBTILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
         SHARES=SCORE_SHARES,
+        STAGES=SCORE_STAGES,
         num_warps=min(8, max(2, _next_power_of_2(shape.padded_heads) // 16)),
         **_dependent_launch(query.device),
     )

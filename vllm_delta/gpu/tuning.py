@@ -45,7 +45,8 @@ _LONG_KEYS = (
     Rule(Tuning(tile=32, num_warps=4, num_stages=2, programs=2), key_bytes=1024),
 )
 _SELECTION = (
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=128),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=3), key_bytes=256),
     *_LONG_KEYS,
 )
 _SPARSE = (
