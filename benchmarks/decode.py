@@ -14,8 +14,8 @@ What is measured: the time of one decode step of the whole engine (scheduler, mo
   quality.
 - Requests are queued while the scheduler is paused, and start together: every timed step has the
   full batch.
-- A step's time is the slope between two output lengths. It cancels whatever a request costs once:
-  admission, the first step, the last transfer.
+- A step's time is the slope between two lengths of the same output. It leaves out whatever a request costs
+  once, such as admission and the first step, which on a GPU varies by more than a step takes.
 - A process is fresh, times all cases of one backend one after another, and the backends alternate,
   `--rounds` times: a compiled graph, a warm cache or a slow minute of the machine favours nobody. It
   takes the slope `--samples` times per case after a warm-up and reports the median.
@@ -126,19 +126,18 @@ def measure_case(llm: Any, prompt: Case, job: Json) -> Json:
     before = delta_counts(llm, job)
     slopes = []
     for _ in range(job["samples"]):
-        short_s = together(llm, prompts, short)
-        long_s = together(llm, prompts, long)
-        slopes.append((long_s - short_s) / (long - short) * 1000)
+        times = together(llm, prompts, long)
+        slopes.append((times[-1] - times[short - long - 1]) / (long - short) * 1000)
     counts = delta_counts(llm, job, since=before)
     return {"samples_ms": slopes, "counts": counts, "facts": engine_facts(llm, job)}
 
 
-def together(llm: Any, prompts: Sequence[Json], output: int) -> float:
-    """Seconds to `output` tokens of every prompt."""
+def together(llm: Any, prompts: Sequence[Json], output: int) -> list[float]:
+    """Seconds to each step's tokens; the last `output` of them are those of every prompt's tokens."""
     times = timed_generate(llm, prompts, output)
     if len(times) > output + 4:  # a few, for steps that only admit requests
         raise NotTogetherError(f"{len(times)} steps for {output} tokens: some sequences waited for others")
-    return times[-1]
+    return times
 
 
 # --- the parent: rows, table ---------------------------------------------------------------------
@@ -249,8 +248,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_engine_arguments(parser)
     parser.add_argument("--cases", metavar="BxC,...", help="batch x context, such as 1x1k,4x16384")
     parser.add_argument("--rounds", help="processes per backend (CPU: 3, GPU: 1)")
-    parser.add_argument("--samples", type=int, default=3, help="slopes per process and case (3)")
-    parser.add_argument("--lengths", metavar="SHORT,LONG", help="outputs (CPU: 8,72, GPU: 8,136)")
+    parser.add_argument("--samples", type=int, default=5, help="slopes per process and case (5)")
+    parser.add_argument("--lengths", metavar="SHORT,LONG", help="of the output (CPU: 8,72, GPU: 8,136)")
     args = parser.parse_args(argv)
 
     complete_arguments(parser, args, Measurement, "decode", DEFAULTS)

@@ -11,7 +11,7 @@ from gpu_cases import DEVICE, Batch, Case, eager_error, expect, expect_sparse
 
 from vllm_delta import reference
 from vllm_delta.gpu import ops
-from vllm_delta.gpu.tuning import MIN_TILE, choose_tuning
+from vllm_delta.gpu.tuning import MIN_TILE, Tuning, choose_tuning
 from vllm_delta.integration import validation
 
 MIXED = (1, 300, 0, 64, 65, 17, 129)
@@ -143,6 +143,17 @@ def test_select_pages(num_pages: int) -> None:
         assert table.frames[row].tolist() == (block_table[row][expected // 2] * 2 + expected % 2).tolist()
 
 
+def test_programs_fill_whole_waves() -> None:
+    tuning = Tuning(tile=64, num_warps=4, num_stages=2, programs=3, waves=4)
+    for rows, kv_heads, waves in ((1, 4, 1), (32, 4, 1), (64, 4, 2), (24, 8, 1), (32, 8, 2), (64, 8, 4)):
+        wave = -(-3 * 132 // kv_heads)
+        assert tuning.programs_per_head(rows, kv_heads, 132) == waves * wave
+    for rows in range(1, 1025):
+        programs = tuning.programs_per_head(rows, 8, 132)
+        assert programs <= tuning.most_programs_per_head(8, 132)
+        assert rows > 200 or programs // rows * rows > 0.6 * programs
+
+
 @pytest.mark.parametrize("lengths", [(1,), (5000,), (0, 0, 7), (4000, *[1] * 40), tuple(range(0, 3000, 131))])
 def test_schedule_covers_every_token_once(lengths: tuple[int, ...]) -> None:
     batch = Batch(Case(lengths, num_heads=1, num_kv_heads=1, head_size=16))
@@ -161,7 +172,7 @@ def test_schedule_covers_every_token_once(lengths: tuple[int, ...]) -> None:
             covered[row] = end
         assert covered == tokens
     tuning, _ = ops._tunings(batch.shape, 2, len(lengths), torch.device(DEVICE))
-    programs = ops._programs(1, tuning, DEVICE)
+    programs = ops._programs(len(lengths), 1, tuning, torch.device(DEVICE))
     used = [piece for piece in batch.schedule.pieces[0].tolist() if piece[0] >= 0]
     assert len(used) <= programs + sum(map(bool, lengths))
     if len(lengths) < programs:

@@ -29,9 +29,8 @@ LOGIT_TILE = 128
 #: Bytes of a logit, with its share of the tiles' maxima.
 LOGIT_BYTES = 2 + 4 / MIN_TILE
 
-#: Programs that score a piece of a row, and the tiles of logits that each has in flight.
+#: Programs that score a piece of a row.
 SCORE_SHARES = 32
-SCORE_STAGES = 3
 
 #: Rows that one launch takes at most.
 MAX_CHUNK_ROWS = 1024
@@ -145,7 +144,7 @@ class Schedule:
     @classmethod
     def allocate(cls, max_rows: int, num_kv_heads: int, device: torch.device | str) -> Schedule:
         """Buffers for up to `max_rows` rows."""
-        programs = max(_programs(num_kv_heads, tuning, device) for tuning in all_tunings())
+        programs = _most_programs(num_kv_heads, device)
         return cls(
             pieces=torch.empty(2, max_rows + programs, 8, dtype=torch.int32, device=device),
             row_pieces=torch.empty(2, max_rows, 4, dtype=torch.int32, device=device),
@@ -241,16 +240,15 @@ class Workspace:
 
         Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads (H' with each KV head's padded
         to a power of two), D the head size, T the least tile of the attention kernel and
-        P = programs * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
+        P = programs * waves * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
         ``4 r max_length / page_size``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
         """
         heads = max(shape.num_heads for shape in shapes)
         padded_heads = max(shape.padded_heads for shape in shapes)
         tiles = -(-logit_tokens // LOGIT_TILE)
         pieces = max(
-            (max_rows + _programs(shape.num_kv_heads, tuning, device)) * shape.num_heads * shape.head_size
+            (max_rows + _most_programs(shape.num_kv_heads, device)) * shape.num_heads * shape.head_size
             for shape in shapes
-            for tuning in all_tunings()
         )
         min_head_size = min(shape.head_size for shape in shapes)
 
@@ -322,8 +320,8 @@ def make_schedule(
         len(rows),
         schedule.pieces.shape[1],
         schedule.row_pieces.shape[1],
-        _programs(shape.num_kv_heads, selecting, device),
-        _programs(shape.num_kv_heads, sparse, device),
+        _programs(len(rows), shape.num_kv_heads, selecting, device),
+        _programs(len(rows), shape.num_kv_heads, sparse, device),
         workspace.logit_capacity(shape),
         full_layers,
         selection.budget_tokens,
@@ -429,7 +427,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
     if len(rows) == 0:
         return
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
-    num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
+    num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
     score_logits_kernel[(num_pieces, SCORE_SHARES)](
         workspace.logits,
         workspace.logit_maxima,
@@ -446,8 +444,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         SUBTILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
         SHARES=SCORE_SHARES,
-        STAGES=SCORE_STAGES,
-        num_warps=min(8, max(2, _next_power_of_2(shape.padded_heads) // 16)),
+        num_warps=min(8, max(2, _next_power_of_2(shape.padded_heads) // 8)),
         **_dependent_launch(query.device),
     )
     if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):
@@ -506,7 +503,7 @@ def _attention(
     if len(rows) == 0:
         return
     tuning = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)[sparse]
-    num_pieces = len(rows) + _programs(shape.num_kv_heads, tuning, query.device)
+    num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
     attention_kernel[(num_pieces, shape.num_kv_heads)](
         query,
@@ -606,9 +603,15 @@ def _tensor_bytes(owner: object) -> int:
     return sum(value.nbytes for value in vars(owner).values() if isinstance(value, Tensor))
 
 
-def _programs(num_kv_heads: int, tuning: Tuning, device: torch.device | str) -> int:
+def _programs(rows: int, num_kv_heads: int, tuning: Tuning, device: torch.device) -> int:
     """Programs per KV head that the schedule aims at."""
-    return -(-tuning.programs * _multiprocessors(torch.device(device)) // num_kv_heads)
+    return tuning.programs_per_head(rows, num_kv_heads, _multiprocessors(device))
+
+
+def _most_programs(num_kv_heads: int, device: torch.device | str) -> int:
+    """The same for any rows and settings."""
+    multiprocessors = _multiprocessors(torch.device(device))
+    return max(tuning.most_programs_per_head(num_kv_heads, multiprocessors) for tuning in all_tunings())
 
 
 def _next_power_of_2(number: int) -> int:

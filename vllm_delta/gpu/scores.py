@@ -47,7 +47,6 @@ def score_logits_kernel(
     SUBTILE: tl.constexpr,
     LOGIT_TILE: tl.constexpr,
     SHARES: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Every SHARES-th tile of one piece, of a row that has logits."""
@@ -73,8 +72,7 @@ def score_logits_kernel(
     position = tl.arange(0, TILE)
     places = (kv_head * LOGIT_TILE * GROUP + group)[None, :] + (position * GROUP)[:, None]
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-    # Without a dot, loads are pipelined on request only.
-    for start in tl.range(begin + tl.program_id(1) * TILE, end, SHARES * TILE, num_stages=STAGES):
+    for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
         tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
         within = start % LOGIT_TILE
         code = tl.load(

@@ -21,8 +21,25 @@ class Tuning:
     num_warps: int
     #: tiles in flight, with the one that is computed
     num_stages: int
-    #: programs that the schedule aims at, per multiprocessor
+    #: programs that a multiprocessor runs at a time
     programs: int
+    #: how often a multiprocessor is given that many, at most
+    waves: int = 1
+
+    def programs_per_head(self, rows: int, num_kv_heads: int, multiprocessors: int) -> int:
+        """Programs per KV head that the schedule aims at.
+
+        Rows of like lengths are cut into equal numbers of pieces, which fill a wave only if it is about a
+        multiple of their number: the fewest waves of which nine tenths are filled so, or else the fullest.
+        """
+        wave = -(-self.programs * multiprocessors // num_kv_heads)
+        filled = {waves: waves * wave // rows * rows / (waves * wave) for waves in range(1, self.waves + 1)}
+        enough = min(0.9, max(filled.values()))
+        return wave * next(waves for waves, share in filled.items() if share >= enough)
+
+    def most_programs_per_head(self, num_kv_heads: int, multiprocessors: int) -> int:
+        """The largest number that `programs_per_head` gives, for any rows."""
+        return self.waves * -(-self.programs * multiprocessors // num_kv_heads)
 
 
 @dataclass(frozen=True)
@@ -45,8 +62,7 @@ _LONG_KEYS = (
     Rule(Tuning(tile=32, num_warps=4, num_stages=2, programs=2), key_bytes=1024),
 )
 _SELECTION = (
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=128),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=3), key_bytes=256),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3, waves=4), key_bytes=256),
     *_LONG_KEYS,
 )
 _SPARSE = (
