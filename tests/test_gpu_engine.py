@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import in_fresh_process
 from demo_model import build_demo_model
+from dense_mask import logprobs_with_masks
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +38,10 @@ ROUNDING = 0.2
 #: Sequences of a step that takes two launches; one takes 1024.
 MANY = 1100
 
+#: The same with other pages, in which budget, recent and sink tokens are whole.
+PAGES_1 = SMALL | {"page_size": 1}
+PAGES_128 = SMALL | {"page_size": 128, "budget_tokens": 512, "recent_tokens": 128, "sink_tokens": 128}
+
 FINE = {"dtype": "float16"}
 FP8 = {"kv_cache_dtype": "fp8"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
@@ -54,16 +59,22 @@ ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, s
     "chunks": ("DELTA", SMALL, FINE | {"max_num_batched_tokens": 200}, {}),
     "preemptions": ("DELTA", SMALL, FINE | {"num_gpu_blocks_override": 190}, {}),
     "large blocks": ("DELTA", SMALL, FINE | {"block_size": 64}, {}),
+    "pages of 1": ("DELTA", PAGES_1, FINE, {}),
+    "pages of 128": ("DELTA", PAGES_128, FINE | {"block_size": 128}, {}),
     "ngram": ("DELTA", SMALL, FINE | {"speculative_config": NGRAM}, {}),
 }
+
+
+def make_prompts():
+    generator = random.Random(0)
+    return [[generator.randrange(10, 500) for _ in range(length)] for length in LENGTHS]
 
 
 def generate(model, backend, delta, options):
     """Two batches of answers, the second with prompts that hit the prefix cache, and DELTA's counters."""
     from engines import start_engine
 
-    generator = random.Random(0)
-    prompts = [[generator.randrange(10, 500) for _ in range(length)] for length in LENGTHS]
+    prompts = make_prompts()
     options = {"dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": 1 << 28, **options}
     with start_engine(model, backend, delta, **options) as engine:
         first = engine.generate(prompts, STEPS, logprobs=CANDIDATES)
@@ -77,9 +88,8 @@ def generate(model, backend, delta, options):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What all engines answer; they run beside one another, since most of their time is start-up."""
-    model = build_demo_model(
+def model(tmp_path_factory):
+    return build_demo_model(
         tmp_path_factory.mktemp("models") / "bf16",
         dtype="bfloat16",
         num_layers=7,
@@ -90,6 +100,11 @@ def results(tmp_path_factory):
         max_position_embeddings=2048,
         score_std=4.0,  # attention so sharp that pages about the last place hold little
     )
+
+
+@pytest.fixture(scope="module")
+def results(model):
+    """What all engines answer; they run beside one another, since most of their time is start-up."""
 
     def run(name):
         backend, delta, options, environment = ENGINES[name]
@@ -176,6 +191,38 @@ def test_first_decode_step_is_the_same(results, name):
     sparse = counts["layers"]["sparse"]
     assert 0 < sparse["attended_tokens"] < 0.7 * sparse["context_tokens"]
     assert (preemptions > 0) == (name == "preemptions")
+
+
+@pytest.mark.parametrize("name", ["graphs", "pages of 1", "pages of 128"])
+def test_answers_equal_dense_masks(results, model, name):
+    """Each step, given the answer up to it, equals dense attention with the chosen pages as a mask.
+
+    But for a few, in which a page fell out for one about as good. With half the budget most are far off.
+    """
+    settings = ENGINES[name][1]
+    page = settings.get("page_size", 16)
+    pages = [settings[key] // page for key in ("budget_tokens", "recent_tokens", "sink_tokens")]
+    long = [index for index, length in enumerate(LENGTHS) if length > settings["budget_tokens"]]
+    distances, others = (
+        distances_to_dense_masks(results[name][0], model, [0, 4], (page, budget_pages, *pages[1:]), long)
+        for budget_pages in (pages[0], (pages[0] + pages[1] + pages[2]) // 2)
+    )
+    assert sum(distance < ROUNDING for distance in distances) > 0.85 * len(distances)
+    assert sum(distance < ROUNDING for distance in others) < 0.5 * len(others)
+
+
+def distances_to_dense_masks(answers, model, selection_layers, budget, indices):
+    """The largest difference of log-probabilities at each step of these answers."""
+    prompts = make_prompts()
+    distances = []
+    for index in indices:
+        prompt, answer = prompts[index], answers[index]
+        expected = logprobs_with_masks(
+            model, prompt, answer.tokens, selection_layers, full_layers=0, budget=budget
+        )
+        for logprobs, row in zip(answer.logprobs, expected, strict=True):
+            distances.append(max(abs(logprob - row[token].item()) for token, logprob in logprobs.items()))
+    return distances
 
 
 def test_counters(results):
