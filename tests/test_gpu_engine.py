@@ -61,6 +61,8 @@ ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, s
     "large blocks": ("DELTA", SMALL, FINE | {"block_size": 64}, {}),
     "pages of 1": ("DELTA", PAGES_1, FINE, {}),
     "pages of 128": ("DELTA", PAGES_128, FINE | {"block_size": 128}, {}),
+    "windows, dense": ("FLASH_ATTN", None, {}, {}),
+    "windows": ("DELTA", None, {}, {}),
     "ngram": ("DELTA", SMALL, FINE | {"speculative_config": NGRAM}, {}),
 }
 
@@ -88,27 +90,35 @@ def generate(model, backend, delta, options):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_demo_model(
-        tmp_path_factory.mktemp("models") / "bf16",
-        dtype="bfloat16",
-        num_layers=7,
-        hidden_size=256,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
-        score_std=4.0,  # attention so sharp that pages about the last place hold little
-    )
+def models(tmp_path_factory):
+    """Two models, of which every second layer of one has a sliding window: several KV cache groups."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def build(name, **options):
+        return build_demo_model(
+            folder / name,
+            dtype="bfloat16",
+            num_layers=7,
+            hidden_size=256,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=64,
+            max_position_embeddings=2048,
+            score_std=4.0,  # attention so sharp that pages about the last place hold little
+            **options,
+        )
+
+    return {"full": build("full"), "windows": build("windows", sliding_window=128)}
 
 
 @pytest.fixture(scope="module")
-def results(model):
+def results(models):
     """What all engines answer; they run beside one another, since most of their time is start-up."""
 
     def run(name):
         backend, delta, options, environment = ENGINES[name]
         spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # this process has looked for GPUs
+        model = models["windows" if name.startswith("windows") else "full"]
         return in_fresh_process(generate, model, backend, delta, options, **spawn, **environment)
 
     with ThreadPoolExecutor(len(ENGINES)) as pool:
@@ -159,6 +169,13 @@ def assert_close_at_first_decode(answers, expected):
     assert max(distances) < ROUNDING
 
 
+def test_several_cache_groups_equal_dense(results):
+    first, _, counts, _ = results["windows"]
+    assert_same_until_near_tie(first, results["windows, dense"][0])
+    assert counts["layers"]["sparse"]["rows"] > 0
+    assert counts["dense_rows"]["sliding_window"] > 0
+
+
 def test_fp8_cache_equals_dense(results):
     """FlashAttention takes queries and probabilities in 8 bits, too, which DELTA's kernels do not."""
     assert_close_at_first_decode(results["fp8 cache"][0], results["fp8 cache, dense"][0])
@@ -194,7 +211,7 @@ def test_first_decode_step_is_the_same(results, name):
 
 
 @pytest.mark.parametrize("name", ["graphs", "pages of 1", "pages of 128"])
-def test_answers_equal_dense_masks(results, model, name):
+def test_answers_equal_dense_masks(results, models, name):
     """Each step, given the answer up to it, equals dense attention with the chosen pages as a mask.
 
     But for a few, in which a page fell out for one about as good. With half the budget most are far off.
@@ -204,7 +221,9 @@ def test_answers_equal_dense_masks(results, model, name):
     pages = [settings[key] // page for key in ("budget_tokens", "recent_tokens", "sink_tokens")]
     long = [index for index, length in enumerate(LENGTHS) if length > settings["budget_tokens"]]
     distances, others = (
-        distances_to_dense_masks(results[name][0], model, [0, 4], (page, budget_pages, *pages[1:]), long)
+        distances_to_dense_masks(
+            results[name][0], models["full"], [0, 4], (page, budget_pages, *pages[1:]), long
+        )
         for budget_pages in (pages[0], (pages[0] + pages[1] + pages[2]) // 2)
     )
     assert sum(distance < ROUNDING for distance in distances) > 0.85 * len(distances)
