@@ -35,47 +35,6 @@ def store_pages(
     tl.store(frames_row_ptr + position, block * PAGES_PER_BLOCK + page % PAGES_PER_BLOCK, mask=mask)
 
 
-@triton.jit
-def widen(lowest, highest, key, page, end):
-    """The extremes, each lane's, with those of one more chunk."""
-    return (
-        tl.minimum(lowest, tl.where(page < end, key, 0x7FFFFFFF)),
-        tl.maximum(highest, tl.where(page < end, key, 0)),
-    )
-
-
-@triton.jit
-def count_digits(key, page, end, threshold, open_bits, shift, BINS: tl.constexpr):
-    """How many pages of a chunk have each next digit, of those with the threshold's bits so far."""
-    candidate = (page < end) & ((key >> open_bits) == (threshold >> open_bits))
-    return tl.histogram((key >> shift) & (BINS - 1), BINS, mask=candidate)
-
-
-@triton.jit
-def store_kept(
-    key,
-    page,
-    end,
-    threshold,
-    whole,
-    equals,
-    taken,
-    pages_row_ptr,
-    frames_row_ptr,
-    block_row_ptr,
-    PAGES_PER_BLOCK: tl.constexpr,
-):
-    """Write the kept pages of a chunk from place `taken` on; that place, and the equals wanted, after it."""
-    keep = (page < end) & (key >= threshold)
-    if not whole:
-        equal = (keep & (key == threshold)).to(tl.int32)
-        keep = keep & ((key > threshold) | (tl.cumsum(equal, 0) <= equals))
-        equals -= tl.sum(equal, 0)
-    rank = tl.cumsum(keep.to(tl.int32), 0)
-    store_pages(taken + rank - 1, page, keep, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
-    return taken + tl.max(rank, 0), equals
-
-
 @triton.jit(do_not_specialize_on_alignment=["requests_ptr", "lengths_ptr", "pages_ptr", "frames_ptr"])
 def select_kernel(
     scores_ptr,  # float32 [rows, pages], not negative
@@ -117,16 +76,16 @@ def select_kernel(
 
     end = num_pages - recent_pages
     wanted = budget_pages - recent_pages - sink_pages
-    # The first chunk stays in registers: all there is, unless the row is long.
-    first_page = sink_pages + lane
-    first_key = load_keys(scores_row_ptr, first_page, end)
-    second = sink_pages + CHUNK
+    # The first chunk stays in registers: all there is, unless the row is long. Others come one ahead.
+    first_key = load_keys(scores_row_ptr, sink_pages + lane, end)
     lowest = tl.full([CHUNK], 0x7FFFFFFF, tl.int32)
-    lowest, highest = widen(lowest, tl.zeros([CHUNK], tl.int32), first_key, first_page, end)
-    for start in range(second, end, CHUNK):
+    highest = tl.zeros([CHUNK], tl.int32)
+    key = first_key
+    for start in range(sink_pages, end, CHUNK):
         page = start + lane
-        key = load_keys(scores_row_ptr, page, end)
-        lowest, highest = widen(lowest, highest, key, page, end)
+        lowest = tl.minimum(lowest, tl.where(page < end, key, 0x7FFFFFFF))
+        highest = tl.maximum(highest, tl.where(page < end, key, 0))
+        key = load_keys(scores_row_ptr, page + CHUNK, end)
     smallest, largest = tl.reduce((lowest, highest), 0, extremes)
     differing = smallest ^ largest
     # The lowest bits of the threshold, which are not known yet: up to the highest in which keys differ, whose
@@ -144,11 +103,13 @@ def select_kernel(
     whole = wanted == 0
     while open_bits > 0:
         shift = tl.maximum(open_bits - DIGIT_BITS, 0)
-        counts = count_digits(first_key, first_page, end, threshold, open_bits, shift, bins)
-        for start in range(second, end, CHUNK):
+        counts = tl.zeros([bins], tl.int32)
+        key = first_key
+        for start in range(sink_pages, end, CHUNK):
             page = start + lane
-            key = load_keys(scores_row_ptr, page, end)
-            counts += count_digits(key, page, end, threshold, open_bits, shift, bins)
+            candidate = (page < end) & ((key >> open_bits) == (threshold >> open_bits))
+            counts += tl.histogram((key >> shift) & (bins - 1), bins, mask=candidate)
+            key = load_keys(scores_row_ptr, page + CHUNK, end)
         at_least = tl.cumsum(counts, 0, reverse=True)
         # One digit is the last that is kept: sum up what is known of it, in one number.
         is_last = (at_least >= equals) & (at_least - counts < equals)
@@ -159,35 +120,20 @@ def select_kernel(
         whole = (known >> 40).to(tl.int32) == equals
         open_bits = tl.where(whole, 0, shift)
 
-    taken, equals = store_kept(
-        first_key,
-        first_page,
-        end,
-        threshold,
-        whole,
-        equals,
-        sink_pages,
-        pages_row_ptr,
-        frames_row_ptr,
-        block_row_ptr,
-        PAGES_PER_BLOCK,
-    )
-    for start in range(second, end, CHUNK):
+    taken = 0
+    key = first_key
+    for start in range(sink_pages, end, CHUNK):
         page = start + lane
-        key = load_keys(scores_row_ptr, page, end)
-        taken, equals = store_kept(
-            key,
-            page,
-            end,
-            threshold,
-            whole,
-            equals,
-            taken,
-            pages_row_ptr,
-            frames_row_ptr,
-            block_row_ptr,
-            PAGES_PER_BLOCK,
-        )
+        keep = (page < end) & (key >= threshold)
+        if not whole:
+            equal = (keep & (key == threshold)).to(tl.int32)
+            keep = keep & ((key > threshold) | (tl.cumsum(equal, 0) <= equals))
+            equals -= tl.sum(equal, 0)
+        rank = tl.cumsum(keep.to(tl.int32), 0)
+        position = sink_pages + taken + rank - 1
+        store_pages(position, page, keep, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
+        taken += tl.max(rank, 0)
+        key = load_keys(scores_row_ptr, page + CHUNK, end)
     edge = tl.arange(0, EDGE)
     for start in range(0, sink_pages, EDGE):
         page = start + edge

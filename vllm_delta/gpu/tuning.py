@@ -32,14 +32,17 @@ class Tuning:
         Rows of like lengths are cut into equal numbers of pieces, which fill a wave only if it is about a
         multiple of their number: the fewest waves of which nine tenths are filled so, or else the fullest.
         """
-        wave = -(-self.programs * multiprocessors // num_kv_heads)
+        wave = self._wave_per_head(num_kv_heads, multiprocessors)
         filled = {waves: waves * wave // rows * rows / (waves * wave) for waves in range(1, self.waves + 1)}
         enough = min(0.9, max(filled.values()))
         return wave * next(waves for waves, share in filled.items() if share >= enough)
 
     def most_programs_per_head(self, num_kv_heads: int, multiprocessors: int) -> int:
         """The largest number that `programs_per_head` gives, for any rows."""
-        return self.waves * -(-self.programs * multiprocessors // num_kv_heads)
+        return self.waves * self._wave_per_head(num_kv_heads, multiprocessors)
+
+    def _wave_per_head(self, num_kv_heads: int, multiprocessors: int) -> int:
+        return -(-self.programs * multiprocessors // num_kv_heads)
 
 
 @dataclass(frozen=True)
