@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from conftest import in_fresh_process
 from demo_model import build_demo_model
 from dense_mask import logprobs_with_masks
@@ -279,3 +280,24 @@ def test_more_rows_than_a_launch_takes(tmp_path):
     same = sum(answer.tokens[:2] == other.tokens[:2] for answer, other in zip(answers, dense, strict=True))
     assert same > 0.9 * MANY, "but for near-ties, the second token is the same"
     assert counts["layers"]["sparse"]["rows"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus(models):
+    """Tensor parallelism: each rank selects for its own heads; with a budget of the context all is dense."""
+    engines = [("FLASH_ATTN", None), ("DELTA", None), ("DELTA", SMALL)]
+    options = FINE | {"tensor_parallel_size": 2}
+    spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    with ThreadPoolExecutor(len(engines)) as pool:
+        runs = [
+            pool.submit(in_fresh_process, generate, models["full"], backend, delta, options, **spawn)
+            for backend, delta in engines
+        ]
+        (dense, *_), (large, _, large_counts, _), (small, _, counts, _) = (run.result() for run in runs)
+    assert_same_until_near_tie(large, dense)
+    assert large_counts["attended_tokens"] == large_counts["context_tokens"] > 0
+    short = [index for index, length in enumerate(LENGTHS) if length + STEPS <= SMALL["budget_tokens"]]
+    assert_same_until_near_tie([small[index] for index in short], [dense[index] for index in short])
+    sparse = counts["layers"]["sparse"]
+    assert 0 < sparse["attended_tokens"] < 0.7 * sparse["context_tokens"]

@@ -164,6 +164,7 @@ def attention_kernel(
 ):
     """One piece of one row, for the query heads of one KV head."""
     if PDL:
+        tl.extra.cuda.gdc_wait()  # for what the step has written so far
         tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
     piece = tl.program_id(0)
     kv_head = tl.program_id(1)

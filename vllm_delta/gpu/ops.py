@@ -414,7 +414,7 @@ def select_pages(
         PAGES_PER_BLOCK=block_size // page_size,
         CHUNK=2048,
         EDGE=128,
-        DIGIT_BITS=6,
+        DIGIT_BITS=5,
         num_warps=8,
         **_dependent_launch(scores.device),
     )
@@ -541,9 +541,9 @@ def _attention(
         SOFTCAP=parameters.softcap != 0,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],
-        PDL=_has_dependent_launch(query.device),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **_dependent_launch(query.device),
     )
     sinks = parameters.sinks
     combine_kernel[(len(rows), shape.num_heads)](
