@@ -83,41 +83,80 @@ def test_tokenizer_agrees_with_the_vocabulary(tmp_path) -> None:
     assert check(problem, answer).exact
 
 
+def train_a_little(tmp_path, *options: str):
+    from reasoner import train
+
+    sizes = "--steps 12 --decay 4 --batch-tokens 1024 --length 256 --layers 2 --workers 1 --log-every 1"
+    arguments = train.parse_arguments(["--out", str(tmp_path / "model"), *sizes.split(), *options])
+    training = train.Training(arguments)
+    if arguments.checkpoint and arguments.checkpoint.exists():
+        training.load(arguments.checkpoint)
+    training.run()
+    return training
+
+
 def test_training_writes_a_model_that_transformers_loads(tmp_path) -> None:
     """A few steps of a tiny network: the loss falls, and transformers computes what training computed."""
     import csv
 
     import torch
-    from reasoner import train
+    from reasoner.model import export
     from transformers import AutoModelForCausalLM
 
-    log = tmp_path / "log.csv"
-    arguments = train.parse_arguments(
-        f"--out {tmp_path / 'model'} --log {log} --steps 12 --batch-tokens 1024 --length 256 --layers 2 "
-        "--workers 0 --log-every 1 --no-compile".split()
-    )
-    model = train.train(arguments)
-    train.export(model, arguments.out)
-    with log.open() as file:
+    training = train_a_little(tmp_path)
+    training.write_log(tmp_path / "log.csv")
+    export(training.model, tmp_path / "model")
+    with (tmp_path / "log.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 12
     assert losses[-1] < losses[0]
     problem = make_problem("chase", 200, np.random.default_rng(0))
     tokens = torch.from_numpy(problem.tokens)[None]
-    loaded = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
-    ours = model.bfloat16().float()(tokens)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ours = training.model.bfloat16().float()(tokens)
     assert (loaded(tokens).logits - ours).abs().max() < 1e-3 * ours.abs().max()
 
 
-def test_batches_depend_on_seed_and_step_alone() -> None:
-    from reasoner.train import IGNORED, length_limit, make_batch
+def test_training_goes_on_where_it_stopped(tmp_path) -> None:
+    import torch
 
-    tokens, targets, families = make_batch(7, 1, 4096, 600)
-    again, _, _ = make_batch(7, 1, 4096, 600)
-    other, _, _ = make_batch(8, 1, 4096, 600)
+    whole = train_a_little(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    stopped = train_a_little(tmp_path, "--stop-after", "0", "--checkpoint", str(checkpoint))
+    assert 0 < stopped.step < 12
+    stopped.save(checkpoint)
+    resumed = train_a_little(tmp_path, "--checkpoint", str(checkpoint))
+    assert resumed.step == 12 and len(resumed.rows) == 12
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    from reasoner.train import IGNORED, make_batch
+
+    tokens, targets = make_batch(7, "trace", 1, 8192, 600)
+    again, _ = make_batch(7, "trace", 1, 8192, 600)
+    other, _ = make_batch(8, "trace", 1, 8192, 600)
     assert np.array_equal(tokens, again)
     assert tokens.shape != other.shape or not np.array_equal(tokens, other)
-    assert len(families) == len(tokens) and tokens.shape[1] % 64 == 0
+    assert len(tokens) >= 2 and tokens.shape[1] % 64 == 0
     rows, columns = np.nonzero(targets != IGNORED)
     assert np.array_equal(targets[rows, columns], tokens[rows, columns + 1])
-    assert [length_limit(step, 100, 256, 16384) for step in (0, 50, 99)] == [256, 16384, 16384]
+
+
+def test_problems_grow_when_they_are_mastered() -> None:
+    from reasoner.train import DECIDING, GROWTH, SHORTEST, Course
+
+    course = Course(longest=int(SHORTEST * GROWTH) + 5)
+    for _ in range(DECIDING - 1):
+        course.see(SHORTEST, 1.0)
+    course.see(SHORTEST - 1, 1.0)
+    assert course.length == SHORTEST, "shorter problems do not decide"
+    course.see(SHORTEST, 0.9)
+    assert course.length == int(SHORTEST * GROWTH)
+    for accuracy in [0.9] * DECIDING:
+        course.see(course.length, accuracy)
+    assert course.length == int(SHORTEST * GROWTH)
+    for _ in range(DECIDING):
+        course.see(course.length, 1.0)
+    assert course.length == course.longest

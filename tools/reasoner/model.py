@@ -32,7 +32,7 @@ class Size:
     head_size: int = 64
     #: positions, in tokens
     max_length: int = 16384
-    rope_theta: float = 1e5
+    rope_theta: float = 1e7
 
 
 class Attention(nn.Module):
@@ -107,15 +107,20 @@ class Reasoner(nn.Module):
             if parameter.dim() == 2:
                 is_last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = (2 * size.num_layers) ** -0.5 if is_last else 1.0
-                nn.init.normal_(parameter, std=0.02 if "embed" in name else scale * size.hidden_size**-0.5)
+                nn.init.normal_(parameter, std=scale * size.hidden_size**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens, int64 ``[batch, tokens]``, to logits, ``[batch, tokens, words]``."""
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Tokens, int64 ``[batch, tokens]``, to the last hidden states, ``[batch, tokens, hidden]``."""
         cos, sin = rotations(tokens.shape[1], self.size, tokens.device)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+        output: Tensor = self.norm(x)
+        return output
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens, int64 ``[batch, tokens]``, to logits, ``[batch, tokens, words]``."""
+        return F.linear(self.hidden(tokens), self.embed_tokens.weight)
 
 
 def rotations(tokens: int, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:

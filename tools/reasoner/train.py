@@ -1,13 +1,17 @@
-"""Train the reasoner from scratch, on a GPU in minutes.
+"""Train the reasoner from scratch, on a GPU in half an hour.
 
     PYTHONPATH=tools python -m reasoner.train --out reasoner --log train.csv
     PYTHONPATH=tools python -m reasoner.train --steps 3 --batch-tokens 512 --layers 1 --out look     # a look
 
-Every batch is new: problems of all families, of lengths up to a limit that grows with the step, from a few
-hundred tokens to the longest that is asked for. What a step sees depends on the seed and the step's number
-alone. Only answers count for the loss; what a prompt says cannot be foreseen. The log has the loss, and the
-share of right tokens by family, over the steps. `--check` adds problems of several lengths that are solved
-with the right answer so far given (teacher-forced), where every token of an answer has to be right.
+Every batch is new: problems of all families, each up to a length of its own, which grows whenever its
+problems are nearly solved, from short ones to the longest that are asked for. What a step sees depends on the
+seed, the step's number and these lengths. Only answers count for the loss; what a prompt says cannot be
+foreseen. The learning rate rises, stays, and falls to zero over the last steps.
+
+The log has, every so many steps, the loss, and each family's length and share of right tokens. `--check` adds
+problems of several lengths that are solved with the right answer so far given (teacher-forced): all of an
+answer's tokens have to be right, which is when a greedy answer is. With `--checkpoint` and `--stop-after`, a
+training goes on where an earlier call of the same seed stopped.
 """
 
 from __future__ import annotations
@@ -17,17 +21,18 @@ import csv
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
-from torch import Tensor
 
 from reasoner.model import Reasoner, Size, export
 from reasoner.problems import FAMILIES, make_problem
@@ -35,67 +40,100 @@ from reasoner.problems import FAMILIES, make_problem
 IGNORED = -100
 #: lengths of a batch are multiples of it
 ALIGNMENT = 64
-Batch = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+#: each family's share of a step's tokens
+SHARES = {"chase": 0.35, "trace": 0.45, "needles": 0.2}
+#: tokens of the first problems
+SHORTEST = 128
+#: a family's problems grow by this factor when this share of the longest ones' tokens is right
+GROWTH = 1.3
+MASTERED = 0.97
+#: batches of the longest problems that decide it
+DECIDING = 8
+#: share of batches that have the longest problems
+LONGEST_SHARE = 0.4
+#: steps in which the learning rate rises
+RISE = 200
+CHECKED_LENGTHS = (2048, 4096, 8192, 12288, 16384)
+Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def length_limit(step: int, steps: int, shortest: int, longest: int) -> int:
-    """Tokens of the longest problems of a step: growing by a constant factor over the first half."""
-    share = min(1.0, step / (0.5 * steps))
-    return int(shortest * (longest / shortest) ** share)
+@dataclass
+class Course:
+    """How long one family's problems are by now."""
+
+    longest: int
+    length: int = SHORTEST
+    accuracies: deque[float] = field(default_factory=lambda: deque(maxlen=DECIDING))
+
+    def see(self, length: int, accuracy: float) -> None:
+        """A batch's share of right tokens; lengths grow when it was high for long enough."""
+        if length < self.length:
+            return
+        self.accuracies.append(accuracy)
+        if len(self.accuracies) == DECIDING and sum(self.accuracies) / DECIDING >= MASTERED:
+            self.length = min(self.longest, int(self.length * GROWTH))
+            self.accuracies.clear()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A short rise, a plateau, and a linear fall to zero over the last third."""
-    return peak * min(1.0, (step + 1) / (0.02 * steps + 1), (steps - step) / (steps / 3))
+def learning_rate(step: int, steps: int, decay: int, peak: float) -> float:
+    """A short rise, a plateau, and a linear fall to zero over the last `decay` steps."""
+    return peak * min(1.0, (step + 1) / RISE, (steps - step) / decay)
 
 
-def make_batch(step: int, seed: int, batch_tokens: int, limit: int) -> Batch:
-    """Tokens and targets, ``[problems, length]``, and the problems' families; all from seed and step."""
-    generator = np.random.default_rng((seed, step))
-    length = limit if generator.random() < 0.5 else int(generator.integers(max(64, limit // 3), limit + 1))
-    families = generator.integers(len(FAMILIES), size=max(1, batch_tokens // length))
-    names = list(FAMILIES)
-    problems = [make_problem(names[family], length, generator) for family in families]
+def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int) -> Batch:
+    """Tokens and targets of one family's problems, ``[problems, length]``; at least two problems."""
+    generator = np.random.default_rng((seed, step, list(FAMILIES).index(family)))
+    length = limit
+    if generator.random() >= LONGEST_SHARE:
+        length = int(generator.integers(max(SHORTEST // 2, limit // 4), limit + 1))
+    count = max(2, int(batch_tokens * SHARES[family]) // length)
+    problems = [make_problem(family, length, generator) for _ in range(count)]
     width = -(-length // ALIGNMENT) * ALIGNMENT
-    tokens = np.zeros((len(problems), width), np.int64)
-    targets = np.full((len(problems), width), IGNORED, np.int64)
+    tokens = np.zeros((count, width), np.int64)
+    targets = np.full((count, width), IGNORED, np.int64)
     for row, problem in enumerate(problems):
         whole, start = problem.tokens, len(problem.prompt)
         tokens[row, : len(whole)] = whole
         targets[row, start - 1 : len(whole) - 1] = whole[start:]
-    return tokens, targets, families
+    return tokens, targets
 
 
-def batches(arguments: argparse.Namespace) -> Iterator[Batch]:
-    """The batches in order, made ahead by other processes."""
-    limits = (length_limit(step, arguments.steps, 256, arguments.length) for step in range(arguments.steps))
-    make = partial(make_batch, seed=arguments.seed, batch_tokens=arguments.batch_tokens)
-    if arguments.workers == 0:
-        yield from (make(step, limit=limit) for step, limit in enumerate(limits))
-        return
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
-        ahead: list[Future[Batch]] = []
-        for step, limit in enumerate(limits):
-            ahead.append(pool.submit(make, step, limit=limit))
-            if len(ahead) > 2 * arguments.workers:
-                yield ahead.pop(0).result()
-        yield from (future.result() for future in ahead)
+class Batches:
+    """Batches in the order of steps, one per family and step, made ahead by other processes."""
 
+    def __init__(self, arguments: argparse.Namespace, courses: dict[str, Course], first_step: int) -> None:
+        self._arguments = arguments
+        self._courses = courses
+        self._next = first_step
+        self._ahead: deque[dict[str, Future[Batch]]] = deque()
+        self._pool = ProcessPoolExecutor(arguments.workers, get_context("spawn"))
 
-def token_accuracy(right: Tensor, targets: Tensor, families: Tensor) -> list[float]:
-    """Share of right answer tokens by family; NaN for a family that the batch has no problem of."""
-    counts = (targets != IGNORED).sum(1)
-    hits = right.sum(1)
-    return [
-        (hits[families == family].sum() / counts[families == family].sum()).item()
-        for family in range(len(FAMILIES))
-    ]
+    def __iter__(self) -> Iterator[dict[str, Batch]]:
+        """Endless."""
+        while True:
+            while len(self._ahead) <= self._arguments.workers:
+                self._submit()
+            yield {family: future.result() for family, future in self._ahead.popleft().items()}
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        a = self._arguments
+        self._ahead.append(
+            {
+                family: self._pool.submit(make_batch, self._next, family, a.seed, a.batch_tokens, c.length)
+                for family, c in self._courses.items()
+            }
+        )
+        self._next += 1
 
 
 @torch.no_grad()
-def solved(model: torch.nn.Module, length: int, problems: int, device: str) -> list[float]:
+def solved(model: torch.nn.Module, length: int, problems: int, device: str) -> dict[str, float]:
     """Share of fresh problems by family whose answer tokens are all right, after the right ones each."""
-    shares = []
+    shares = {}
     for index, family in enumerate(FAMILIES):
         generator = np.random.default_rng((2**32 - 1, index, length))
         exact = 0
@@ -106,56 +144,115 @@ def solved(model: torch.nn.Module, length: int, problems: int, device: str) -> l
                 guesses = model(tokens)[0].argmax(-1)
             start = len(problem.prompt)
             exact += bool((guesses[start - 1 : -1] == tokens[0, start:]).all())
-        shares.append(exact / problems)
+        shares[family] = exact / problems
     return shares
 
 
-def train(arguments: argparse.Namespace) -> Reasoner:
-    """Train as the arguments say; returns the model."""
-    torch.manual_seed(arguments.seed)
-    device = arguments.device
-    model = Reasoner(Size(num_layers=arguments.layers, max_length=arguments.length)).to(device)
-    run = torch.compile(model, dynamic=True) if arguments.compile else model
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.98), fused=device == "cuda")
-    rows, seen, start = [], 0, time.perf_counter()
-    for step, (tokens, targets, families) in enumerate(batches(arguments)):
-        rate = learning_rate(step, arguments.steps, arguments.rate)
-        for group in optimizer.param_groups:
+class Training:
+    """The model, its optimizer, and how far they are."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        torch.manual_seed(arguments.seed)
+        self.arguments = arguments
+        self.device: str = arguments.device
+        size = Size(num_layers=arguments.layers, max_length=arguments.length)
+        self.model = Reasoner(size).to(self.device)
+        decayed = [parameter for parameter in self.model.parameters() if parameter.dim() == 2]
+        others = [parameter for parameter in self.model.parameters() if parameter.dim() != 2]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=arguments.rate, betas=(0.9, 0.98), fused=self.device == "cuda"
+        )
+        self.courses = {family: Course(arguments.length) for family in FAMILIES}
+        self.step = 0
+        self.seen = 0
+        self.seconds = 0.0
+        self.rows: list[dict[str, Any]] = []
+        for layer in self.model.layers if arguments.compile else ():
+            layer.compile(dynamic=True)  # one graph that all layers share
+
+    def run(self) -> bool:
+        """Train up to the last step, or until the time is over; returns whether the last step is done."""
+        a = self.arguments
+        steps: int = a.steps
+        batches = Batches(a, self.courses, self.step)
+        start, before = time.perf_counter(), self.seconds
+        try:
+            for parts in batches:
+                if self.step >= steps or self.seconds - before > a.stop_after:
+                    break
+                self._step(parts, learning_rate(self.step, steps, a.decay, a.rate))
+                self.seconds = before + time.perf_counter() - start
+                self.step += 1
+        finally:
+            batches.close()
+        return self.step >= steps
+
+    def _step(self, parts: dict[str, Batch], rate: float) -> None:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, wanted = (torch.from_numpy(array).to(device) for array in (tokens, targets))
-        with torch.autocast(device, torch.bfloat16):
-            logits = run(inputs)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        seen += tokens.size
-        if step % arguments.log_every == 0 or step == arguments.steps - 1:
-            right = logits.argmax(-1) == wanted
-            accuracy = token_accuracy(right, wanted, torch.from_numpy(families).to(device))
-            row = {
-                "step": step,
-                "tokens": seen,
-                "seconds": round(time.perf_counter() - start, 1),
-                "length": tokens.shape[1],
-                "rate": rate,
-                "loss": round(loss.item(), 5),
-            }
-            row |= {f"right_{name}": round(value, 5) for name, value in zip(FAMILIES, accuracy, strict=True)}
-            print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            rows.append(row)
-            if not math.isfinite(row["loss"]):
-                raise RuntimeError(f"the loss is {row['loss']} at step {step}")
-    if arguments.log:
-        with arguments.log.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        rights = {}
+        for family, (tokens, targets) in parts.items():
+            inputs, wanted = (
+                torch.from_numpy(array).to(self.device, non_blocking=True) for array in (tokens, targets)
+            )
+            answers = torch.from_numpy(np.flatnonzero(targets != IGNORED)).to(self.device)
+            wanted = wanted.flatten()[answers]
+            with torch.autocast(self.device, torch.bfloat16):
+                hidden = self.model.hidden(inputs).flatten(0, 1)[answers]
+                logits = F.linear(hidden, self.model.embed_tokens.weight).float()
+            loss = SHARES[family] * F.cross_entropy(logits, wanted)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            rights[family] = (logits.detach().argmax(-1) == wanted).float().mean()
+            self.seen += tokens.size
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        loss_value, *shares = torch.stack([total, *rights.values()]).tolist()
+        if not math.isfinite(loss_value):
+            raise RuntimeError(f"the loss is {loss_value} at step {self.step}")
+        a = self.arguments
+        if self.step % a.log_every == 0 or self.step == a.steps - 1:
+            self._log(rate, loss_value, dict(zip(rights, shares, strict=True)))
+        for (family, (tokens, _)), share in zip(parts.items(), shares, strict=True):
+            self.courses[family].see(tokens.shape[1], share)
+
+    def _log(self, rate: float, loss: float, shares: dict[str, float]) -> None:
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.seen,
+            "seconds": round(self.seconds, 1),
+            "rate": rate,
+            "loss": round(loss, 6),
+        }
+        for family, share in shares.items():
+            row |= {f"length_{family}": self.courses[family].length, f"right_{family}": round(share, 6)}
+        print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        self.rows.append(row)
+
+    def save(self, path: Path) -> None:
+        """Write all that going on needs."""
+        names = ("courses", "step", "seen", "seconds", "rows")
+        state = {name: getattr(self, name) for name in names}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from there."""
+        state = torch.load(path, map_location=self.device, weights_only=False)
+        self.model.load_state_dict(state.pop("model"))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def write_log(self, path: Path) -> None:
+        """One line per logged step."""
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0])
             writer.writeheader()
-            writer.writerows(rows)
-    return model
+            writer.writerows(self.rows)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -163,7 +260,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--log", type=Path, help="CSV of the training (none)")
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--decay", type=int, default=3000, help="steps in which the rate falls (3000)")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens of a step (65536)")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the longest problems (16384)")
     parser.add_argument("--layers", type=int, default=12)
@@ -173,13 +271,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of the log (50)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument(
+        "--checkpoint", type=Path, help="go on from this file if it is there; written at the end"
+    )
+    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS", help="(never)")
+    parser.add_argument(
         "--check", type=int, default=0, metavar="N", help="solve N problems of each family (0)"
     )
     arguments = parser.parse_args(argv)
-    if min(arguments.steps, arguments.batch_tokens, arguments.layers, arguments.log_every) < 1:
-        parser.error("needs at least one step, token, layer, and step between lines of the log")
-    if arguments.length < 256:
-        parser.error("--length must be 256 or more")
+    counts = ("steps", "decay", "batch_tokens", "layers", "workers", "log_every")
+    if min(getattr(arguments, name) for name in counts) < 1:
+        parser.error("needs at least one step, token, layer, process, and step between lines of the log")
+    if arguments.length < SHORTEST:
+        parser.error(f"--length must be {SHORTEST} or more")
     arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     return arguments
 
@@ -187,16 +290,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Train, export, check; returns the exit status."""
     arguments = parse_arguments(argv)
-    model = train(arguments)
-    export(model, arguments.out)
-    if arguments.check:
-        for length in (2048, 4096, 8192, 12288, 16384):
-            if length <= arguments.length:
-                shares = solved(model, length, arguments.check, arguments.device)
-                print(
-                    length,
-                    " ".join(f"{name} {share:.3f}" for name, share in zip(FAMILIES, shares, strict=True)),
-                )
+    training = Training(arguments)
+    if arguments.checkpoint and arguments.checkpoint.exists():
+        training.load(arguments.checkpoint)
+    finished = training.run()
+    if arguments.checkpoint:
+        training.save(arguments.checkpoint)
+    export(training.model, arguments.out)
+    if arguments.log and training.rows:
+        training.write_log(arguments.log)
+    print(f"{training.step} steps, {training.seen} tokens, {training.seconds:.0f} s, finished: {finished}")
+    for length in CHECKED_LENGTHS if arguments.check else ():
+        if length <= arguments.length:
+            shares = solved(training.model, length, arguments.check, arguments.device)
+            print(length, " ".join(f"{family} {share:.3f}" for family, share in shares.items()), flush=True)
     return 0
 
 
