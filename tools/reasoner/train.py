@@ -1,4 +1,4 @@
-"""Train the reasoner from scratch, on a GPU in half an hour.
+"""Train the reasoner from scratch, on a GPU in ten minutes.
 
     PYTHONPATH=tools python -m reasoner.train --out reasoner --log train.csv
     PYTHONPATH=tools python -m reasoner.train --steps 3 --batch-tokens 512 --layers 1 --out look     # a look
@@ -23,9 +23,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
@@ -105,25 +105,28 @@ class Batches:
         self._arguments = arguments
         self._courses = courses
         self._next = first_step
-        self._ahead: deque[dict[str, Future[Batch]]] = deque()
-        self._pool = ProcessPoolExecutor(arguments.workers, get_context("spawn"))
+        self._ahead: deque[dict[str, AsyncResult[Batch]]] = deque()
+        self._pool = get_context("spawn").Pool(arguments.workers)
 
     def __iter__(self) -> Iterator[dict[str, Batch]]:
         """Endless."""
         while True:
             while len(self._ahead) <= self._arguments.workers:
                 self._submit()
-            yield {family: future.result() for family, future in self._ahead.popleft().items()}
+            yield {family: result.get() for family, result in self._ahead.popleft().items()}
 
     def close(self) -> None:
-        """End the processes."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the processes, whatever they are at."""
+        self._pool.terminate()
+        self._pool.join()
 
     def _submit(self) -> None:
         a = self._arguments
         self._ahead.append(
             {
-                family: self._pool.submit(make_batch, self._next, family, a.seed, a.batch_tokens, c.length)
+                family: self._pool.apply_async(
+                    make_batch, (self._next, family, a.seed, a.batch_tokens, c.length)
+                )
                 for family, c in self._courses.items()
             }
         )
@@ -260,8 +263,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--log", type=Path, help="CSV of the training (none)")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--decay", type=int, default=3000, help="steps in which the rate falls (3000)")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--decay", type=int, default=1500, help="steps in which the rate falls (1500)")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens of a step (65536)")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the longest problems (16384)")
     parser.add_argument("--layers", type=int, default=12)
