@@ -51,6 +51,8 @@ from server import Server, ServerError, tail, vllm_command
 
 #: requests before the timed ones
 WARM_UPS = 2
+#: the word of token 0
+UNKNOWN = "unknown-word"
 LATENCIES = tuple(
     f"{statistic}_{metric}_ms"
     for metric in ("ttft", "tpot", "itl")
@@ -70,13 +72,15 @@ DEFAULTS = {  # by platform
 def write_tokenizer(folder: Path, vocab: int) -> Path:
     """A folder with a tokenizer of one word per token, "t" and its number, without any special token.
 
-    It is not the model's folder, where transformers would take the model's own kind of tokenizer.
+    It is not the model's folder, where transformers would take the model's own kind of tokenizer. Token 0 is
+    a longer word: vLLM refuses texts with more characters per token than the longest word has, and the space
+    behind a word counts.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"t{token}": token for token in range(vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    words = {UNKNOWN: 0} | {f"t{token}": token for token in range(1, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     path = folder / "tokenizer"
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -124,7 +128,10 @@ def measure(server: Server, rate: float, args: argparse.Namespace, tokenizer: Pa
     before = server.counters() if is_delta else {}
     result = run_client(server, rate, args, tokenizer)
     if result["failed"] or result["completed"] != args.prompts:
-        raise BenchmarkError(f"{result['failed']} of {args.prompts} requests failed; log: {server.log_path}")
+        reasons = ", ".join(sorted({error for error in result["errors"] if error})) or "no reason given"
+        raise BenchmarkError(
+            f"{result['failed']} of {args.prompts} requests failed: {reasons}; log: {server.log_path}"
+        )
     if result["total_input_tokens"] != args.prompts * args.input:
         raise BenchmarkError(
             f"{result['total_input_tokens']} tokens of input, not {args.prompts} x {args.input}"
@@ -152,7 +159,14 @@ def run_client(server: Server, rate: float, args: argparse.Namespace, tokenizer:
     command += ["--dataset-name", "random", "--input-len", str(args.input), "--output-len", str(args.output)]
     command += ["--num-prompts", str(args.prompts), "--request-rate", str(rate), "--ignore-eos"]
     command += ["--num-warmups", str(WARM_UPS), "--metric-percentiles", "99", "--disable-tqdm"]
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", result.name]
+    command += [
+        "--save-result",
+        "--save-detailed",
+        "--result-dir",
+        str(folder),
+        "--result-filename",
+        result.name,
+    ]
     with log.open("w") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=server.env, check=False)
     if status.returncode:
