@@ -162,6 +162,59 @@ class Serving(Run):
     context_tokens: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerRun(Run):
+    """What a server answered under one setting; its token counts are those of `EngineRun`.
+
+    Of a backend that does not count, and where no answer has a second token, they are None.
+    """
+
+    setting: str  # its name
+    seed: int
+    generated_tokens: int | None
+    attended_tokens: int | None
+    context_tokens: int | None
+    sparse_attended_tokens: int | None
+    sparse_context_tokens: int | None
+    attended_share: float | None  # of all layers
+    seconds: float  # from the first question to the last answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(AnswerRun):
+    """Answers to the reasoner's problems of one family and length.
+
+    Commit, machine and versions are those of the answers, joined by "/" if some are from another run.
+    """
+
+    weights: str  # start of the SHA-256 of the model's files; of a server elsewhere, the model's name
+    family: str
+    length: int  # tokens of a problem with its answer, at most
+    problems: int
+    exact: int  # answers that are right to the last token
+    accuracy: float
+    accuracy_low: float  # 95% confidence (Wilson)
+    accuracy_high: float
+    right_share: float  # of an answer's steps, those before the first wrong one; mean
+    first_wrong_step: float | None  # from 1 on; median of the answers that are not exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAccuracy(AnswerRun):
+    """One metric of one task of lm-evaluation-harness."""
+
+    lm_eval: str  # its version
+    task: str
+    task_version: str
+    fewshot: int | None
+    sampling: str  # what was changed of the task's own, as JSON
+    metric: str
+    filter: str  # how the answer was found in the text; "none": the task's own way
+    value: float
+    stderr: float | None
+    samples: int
+
+
 _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
