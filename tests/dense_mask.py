@@ -1,7 +1,7 @@
 """DELTA as a mask over dense attention, in Hugging Face transformers: an independent second opinion.
 
 Shares no code with vllm_delta. One teacher-forced pass over prompt and answer; behind the prompt, sparse
-layers see a row's mask and the other layers everything.
+layers see a row's mask and the other layers everything. Other methods come with masks of their own.
 """
 
 from __future__ import annotations
@@ -38,25 +38,40 @@ def logprobs_with_masks(
 
     `budget`: page_size, budget_pages, recent_pages, sink_pages.
     """
-    tokens = prompt + answer[:-1]
-    length, prompt_len = len(tokens), len(prompt)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    prompt_len, length = len(prompt), len(prompt) + len(answer) - 1
     chosen = {}
+
+    def choose(layer, query, key, probabilities):
+        if layer in selection_layers:
+            chosen["mask"] = torch.ones(length, length, dtype=torch.bool)
+            for row in range(prompt_len, length):
+                token_scores = probabilities[:, row, : row + 1].amax(0).numpy()
+                chosen["mask"][row, : row + 1] = torch.from_numpy(choose_pages(token_scores, *budget))
+            return None
+        return chosen["mask"] if layer >= full_layers else None
+
+    return logprobs_with_choices(model, prompt, answer, choose)
+
+
+def logprobs_with_choices(model: Path, prompt: list[int], answer: list[int], choose) -> torch.Tensor:
+    """Log-probabilities ``[len(answer), vocabulary]`` of each answer token's step, in float64.
+
+    `choose` is called with a layer's index, its query ``[heads, length, head size]``, its key (a copy for
+    each query head) and its probabilities ``[heads, length, length]``. It returns None for a layer that
+    attends to everything, else what each row attends to, as a mask that broadcasts against the probabilities.
+    """
+    tokens = prompt + answer[:-1]
+    length = len(tokens)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def attention(module, query, key, value, _mask, scaling, **_):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = query @ key.transpose(2, 3) * scaling
-        layer = module.layer_idx
-        sparse = layer >= full_layers and layer not in selection_layers
-        mask = chosen["mask"] if sparse else causal
-        probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1)
-        if layer in selection_layers:
-            mask = causal.clone()
-            for row in range(prompt_len, length):
-                token_scores = probabilities[0, :, row, : row + 1].amax(0).numpy()
-                mask[row, : row + 1] = torch.from_numpy(choose_pages(token_scores, *budget))
-            chosen["mask"] = mask
+        probabilities = scores.masked_fill(~causal, -math.inf).softmax(-1)
+        mask = choose(module.layer_idx, query[0], key[0], probabilities[0])
+        if mask is not None:
+            probabilities = scores.masked_fill(~(mask & causal), -math.inf).softmax(-1)
         return (probabilities @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("delta_dense_mask", attention)
@@ -64,5 +79,5 @@ def logprobs_with_masks(
         model, dtype=torch.float64, attn_implementation="delta_dense_mask"
     )
     with torch.no_grad():
-        logits = network(torch.tensor([tokens])).logits[0, prompt_len - 1 :]
+        logits = network(torch.tensor([tokens])).logits[0, len(prompt) - 1 :]
     return logits.log_softmax(-1)

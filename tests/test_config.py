@@ -17,6 +17,8 @@ def test_defaults_are_the_documented_ones():
         recent_tokens=128,
         sink_tokens=16,
         page_size=16,
+        policy="delta",
+        recall_sample_steps=0,
     )
 
 
@@ -34,9 +36,11 @@ def test_all_keys_are_taken():
             "recent_tokens": 64,
             "sink_tokens": 0,
             "page_size": 32,
+            "policy": "quest",
+            "recall_sample_steps": 100,
         }
     )
-    assert config == DeltaConfig(1, (1, 5), 256, 64, 0, 32)
+    assert config == DeltaConfig(1, (1, 5), 256, 64, 0, 32, policy="quest", recall_sample_steps=100)
     assert (config.budget_pages, config.recent_pages, config.sink_pages) == (8, 2, 0)
 
 
@@ -52,6 +56,11 @@ def test_all_keys_are_taken():
         ({"full_layers": -1}, r"delta\.full_layers must be an integer of at least 0"),
         ({"sink_tokens": -16}, r"delta\.sink_tokens must be an integer of at least 0"),
         ({"page_size": 0}, r"delta\.page_size must be an integer of at least 1"),
+        ({"policy": "h2o"}, r"delta\.policy must be one of delta, quest, .*oracle, not 'h2o'"),
+        ({"policy": ["quest"]}, r"delta\.policy must be one of delta, quest, "),
+        ({"policy": None}, r"delta\.policy must be one of delta, quest, "),
+        ({"recall_sample_steps": -1}, r"delta\.recall_sample_steps must be an integer of at least 0"),
+        ({"recall_sample_steps": 0.5}, r"delta\.recall_sample_steps must be an integer of at least 0"),
         ({"budget_tokens": 1000}, r"delta\.budget_tokens must be a multiple of delta\.page_size"),
         ({"recent_tokens": 100}, r"delta\.recent_tokens must be a multiple of delta\.page_size"),
         ({"sink_tokens": 8}, r"delta\.sink_tokens must be a multiple of delta\.page_size"),
@@ -73,3 +82,9 @@ def test_refused(settings, message):
 
 def test_budget_may_be_all_recent_and_sink():
     assert parse({"budget_tokens": 144}).budget_pages == 9
+
+
+def test_policies_and_recall_need_python():
+    assert parse({}).runs_kernels_alone
+    assert not parse({"policy": "oracle"}).runs_kernels_alone
+    assert not parse({"recall_sample_steps": 10}).runs_kernels_alone

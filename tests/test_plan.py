@@ -109,6 +109,30 @@ def test_pipeline_rank_gets_a_selection_of_its_own():
     assert second.layers(Role.FULL) == []
 
 
+@pytest.mark.parametrize("policy", ["quest", "streaming", "oracle"])
+def test_policies_that_choose_in_every_layer(policy):
+    """Selection layers of the settings are not theirs; a pipeline rank needs none."""
+    plan = plan_of(8, policy=policy, selection_layers=(4,), full_layers=1)
+    assert plan.layers(Role.FULL) == [0]
+    assert plan.layers(Role.SPARSE) == list(range(1, 8))
+    assert plan.for_rank(range(4, 8)).layers(Role.SPARSE) == [4, 5, 6, 7]
+    assert plan.describe() == (
+        f"policy {policy}, for comparison: 1 full 0, 0 selection, 7 sparse 1-7 "
+        "(each sparse layer selects for itself)"
+    )
+
+
+@pytest.mark.parametrize("policy", ["lessismore", "tidal"])
+def test_policies_with_two_selection_layers(policy):
+    assert plan_of(36, policy=policy).layers(Role.SELECTION) == [2, 18]
+    assert plan_of(28, ("qwen2", 28, 1536), policy=policy).layers(Role.SELECTION) == [2, 14]
+    assert plan_of(4, policy=policy).layers(Role.SELECTION) == [2]
+    chosen = plan_of(8, policy=policy, selection_layers=(2, 3, 6))
+    assert chosen.layers(Role.SELECTION) == [2, 3, 6]
+    assert chosen.for_rank(range(4, 8)).layers(Role.SELECTION) == [4, 6]
+    assert chosen.describe().startswith(f"policy {policy}, for comparison: 2 full 0-1, 3 selection 2-3, 6, ")
+
+
 def test_description():
     assert plan_of(8, full_layers=1, selection_layers=(1, 4)).describe() == (
         "1 full 0, 2 selection 1, 4, 5 sparse 2-3, 5-7 (selection layers from settings)"

@@ -95,6 +95,8 @@ def expect_refusal(build, *parts):
             {"page_size": 8},
             ["delta.page_size must be one of 16, 32, 64, 128 on this platform, not 8"],
         ),
+        ({"policy": "h2o"}, ["delta.policy must be one of delta, quest, lessismore,", "not 'h2o'"]),
+        ({"recall_sample_steps": "1"}, ["delta.recall_sample_steps must be an integer of at least 0"]),
         ({"selection_layers": "2"}, ['delta.selection_layers must be "auto" or a list']),
         ({"selection_layers": [2, 2]}, ["delta.selection_layers must name each layer once"]),
         ({"selection_layers": [2, 99]}, ["delta.selection_layers: 99 is out of range", "0 to 7"]),

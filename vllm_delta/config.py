@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+#: What chooses the tokens of sparse layers: DELTA, or one of `vllm_delta.policies`, to compare with.
+POLICIES = ("delta", "quest", "lessismore", "streaming", "tidal", "oracle")
+
 
 class DeltaConfigError(ValueError):
     """A setting, a model or an option that DELTA cannot serve; says which, and what is accepted."""
@@ -35,6 +38,12 @@ class DeltaConfig:
     sink_tokens: int = 16
     #: consecutive tokens that are kept or left out together
     page_size: int = 16
+    #: one of `POLICIES`
+    policy: str = "delta"
+    #: file or folder of a calibration, read where `selection_layers` is "auto"; None: the model's folder
+    calibration: str | None = None
+    #: measure the recall of sparse layers in every so many steps; 0 for never
+    recall_sample_steps: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -43,10 +52,15 @@ class DeltaConfig:
             ("recent_tokens", 0),
             ("sink_tokens", 0),
             ("page_size", 1),
+            ("recall_sample_steps", 0),
         ):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise DeltaConfigError(f"delta.{name} must be an integer of at least {least}, not {value!r}")
+        if self.policy not in POLICIES:
+            raise DeltaConfigError(f"delta.policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+        if self.calibration is not None and not isinstance(self.calibration, str):
+            raise DeltaConfigError(f"delta.calibration must be a path, not {self.calibration!r}")
         self._check_selection_layers()
         for name in ("budget_tokens", "recent_tokens", "sink_tokens"):
             value = getattr(self, name)
@@ -92,6 +106,11 @@ class DeltaConfig:
         if isinstance(values.get("selection_layers"), list):
             values["selection_layers"] = tuple(values["selection_layers"])
         return cls(**values)
+
+    @property
+    def runs_kernels_alone(self) -> bool:
+        """Whether decode steps of these settings need no Python in the attention call, as in CUDA graphs."""
+        return self.policy == "delta" and not self.recall_sample_steps
 
     @property
     def budget_pages(self) -> int:

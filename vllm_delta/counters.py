@@ -32,6 +32,7 @@ class Counters:
         columns = len(_COLUMNS) + (0 if on_cpu else len(_DEVICE_REASONS))
         self._by_role = {role: torch.zeros(columns, dtype=torch.int64, device=device) for role in Role}
         self._dense_rows = dict.fromkeys(DENSE_REASONS, 0)
+        self._recall: dict[int, dict[str, float]] = {}
 
     def of(self, role: Role) -> Tensor:
         """int64 for the kernels to add to: rows, attended tokens, context tokens.
@@ -46,13 +47,28 @@ class Counters:
         for counts in self._by_role.values():
             counts.zero_()
         self._dense_rows = dict.fromkeys(DENSE_REASONS, 0)
+        self._recall = {}
 
     def add_dense_rows(self, reason: str, rows: int) -> None:
         """Count rows that ran dense; `reason` is a key of `DENSE_REASONS`."""
         self._dense_rows[reason] += rows
 
+    def add_rows(self, role: Role, rows: int, attended_tokens: int, context_tokens: int) -> None:
+        """Count decode rows that no kernel has counted."""
+        counts = self._by_role[role]
+        counts[: len(_COLUMNS)] += torch.tensor([rows, attended_tokens, context_tokens]).to(counts.device)
+
+    def add_recall(self, layer: int, rows: int, mass: float) -> None:
+        """Add rows of a sparse layer and the sum of the attention that they kept, see `vllm_delta.recall`."""
+        counts = self._recall.setdefault(layer, {"rows": 0, "mass": 0.0})
+        counts["rows"] += rows
+        counts["mass"] += mass
+
     def as_dict(self) -> dict[str, Any]:
-        """The counts as plain numbers; the totals are over the decode rows of all eligible layers."""
+        """The counts as plain numbers; the totals are over the decode rows of all eligible layers.
+
+        ``"recall"`` is there where recall has been measured.
+        """
         by_role = {role: counts.tolist() for role, counts in self._by_role.items()}
         layers = {
             role.value: dict(zip(_COLUMNS, counts[: len(_COLUMNS)], strict=True))
@@ -62,18 +78,21 @@ class Counters:
         for counts in by_role.values():
             for reason, rows in zip(_DEVICE_REASONS, counts[len(_COLUMNS) :], strict=False):
                 dense_rows[reason] += rows
-        return {
+        result = {
             "attended_tokens": sum(counts["attended_tokens"] for counts in layers.values()),
             "context_tokens": sum(counts["context_tokens"] for counts in layers.values()),
             "layers": layers,
             "dense_rows": dense_rows,
         }
+        if self._recall:
+            result["recall"] = {layer: dict(counts) for layer, counts in sorted(self._recall.items())}
+        return result
 
 
 def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """What was counted between two results of `Counters.as_dict`."""
+    """What was counted between two results of `Counters.as_dict`; what `before` does not have counts as 0."""
     return {
-        key: difference(value, before[key]) if isinstance(value, dict) else value - before[key]
+        key: difference(value, before.get(key, {})) if isinstance(value, dict) else value - before.get(key, 0)
         for key, value in after.items()
     }
 

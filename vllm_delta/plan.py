@@ -19,9 +19,9 @@ class Role(StrEnum):
 
     #: attends to all tokens
     FULL = "full"
-    #: attends to all tokens and selects the pages for the sparse layers after it
+    #: attends to all tokens and selects the pages (some policies: the tokens) for the sparse layers after it
     SELECTION = "selection"
-    #: attends to the pages that the nearest earlier selection layer chose
+    #: attends to what the nearest earlier selection layer chose, under some policies to its own choice
     SPARSE = "sparse"
 
 
@@ -33,14 +33,23 @@ PRESETS: dict[tuple[str, int, int], tuple[int, ...]] = {
     ("qwen2", 48, 5120): (2, 6, 42),
 }
 
+#: Policies under which every layer after the full ones is sparse and chooses for itself.
+SELF_SELECTING = ("quest", "streaming", "oracle")
+
+#: Policies whose rule is TidalDecode's (arXiv 2410.05076): a selection layer after the full layers and one in
+#: the middle.
+_TWO_SELECTION_LAYERS = ("lessismore", "tidal")
+
 
 @dataclass(frozen=True)
 class Plan:
     """The role of each eligible layer, by the layer's index."""
 
     roles: dict[int, Role]
-    #: how the selection layers were found: "settings", "preset" or "rule"
+    #: how the selection layers were found: "settings", "preset", "rule", or a calibration and its file
     source: str
+    #: what chooses, one of `vllm_delta.config.POLICIES`
+    policy: str = "delta"
 
     def layers(self, role: Role) -> list[int]:
         """Indices of the layers with this role, ascending."""
@@ -50,21 +59,27 @@ class Plan:
         """The plan of a pipeline rank, which holds `local_layers` only.
 
         Selection tables do not travel between ranks. A rank whose first layers are sparse would have none
-        to read, so its first eligible layer becomes a selection layer.
+        to read, so its first eligible layer becomes a selection layer, unless every layer chooses for itself.
         """
         roles = {layer: self.roles[layer] for layer in sorted(local_layers) if layer in self.roles}
         first = next(iter(roles), None)
-        if first is not None and roles[first] is Role.SPARSE:
+        if first is not None and roles[first] is Role.SPARSE and self.policy not in SELF_SELECTING:
             roles[first] = Role.SELECTION
-        return Plan(roles, self.source)
+        return Plan(roles, self.source, self.policy)
 
     def describe(self) -> str:
-        """One line: the layers of each role."""
+        """One line: the layers of each role, and the policy where it is not DELTA."""
         parts = []
         for role in Role:
             layers = self.layers(role)
             parts.append(f"{len(layers)} {role.value} {_ranges(layers)}".rstrip())
-        return ", ".join(parts) + f" (selection layers from {self.source})"
+        policy = "" if self.policy == "delta" else f"policy {self.policy}, for comparison: "
+        selection = (
+            "each sparse layer selects for itself"
+            if self.policy in SELF_SELECTING
+            else f"selection layers from {self.source}"
+        )
+        return f"{policy}{', '.join(parts)} ({selection})"
 
 
 def make_plan(
@@ -91,21 +106,27 @@ def make_plan(
             f"delta.full_layers must be at most the model's {num_layers} layers, not {config.full_layers}"
         )
     rest = list(eligible[config.full_layers :])
-    if config.selection_layers == "auto":
+    selection: tuple[int, ...]
+    if config.policy in SELF_SELECTING:
+        selection, source = (), "rule"
+    elif config.selection_layers == "auto":
         selection, source = _automatic_selection(config, eligible, model)
     else:
-        selection, source = tuple(sorted(config.selection_layers)), "settings"
+        selection = tuple(sorted(config.selection_layers))
+        source = "settings" if config.calibration is None else f"calibration {config.calibration}"
         _check_selection(selection, eligible, rest, num_layers)
     roles = dict.fromkeys(eligible, Role.FULL)
     for layer in rest:
         roles[layer] = Role.SELECTION if layer in selection else Role.SPARSE
-    return Plan(roles, source)
+    return Plan(roles, source, config.policy)
 
 
 def _automatic_selection(
     config: DeltaConfig, eligible: Sequence[int], model: tuple[str, int, int] | None
 ) -> tuple[tuple[int, ...], str]:
     """The preset of a known model, else the first layer after the full ones, 1/2 and 4/5 of the depth.
+
+    Policies with two selection layers have no presets, and leave out the last of these.
 
     A selection layer that has no sparse layer to serve costs its selection and yields nothing: the rule
     leaves out one that directly follows another, and the last layer.
@@ -114,11 +135,12 @@ def _automatic_selection(
     first = config.full_layers
     if first >= depth:
         return (), "rule"
-    preset = PRESETS.get(model) if model is not None else None
+    two = config.policy in _TWO_SELECTION_LAYERS
+    preset = None if model is None or two else PRESETS.get(model)
     if preset is not None and depth == model[1]:  # type: ignore[index]
         return (first, *(layer for layer in preset[1:] if layer > first)), "preset"
     chosen = [first]
-    for candidate in (depth // 2, round(depth * 4 / 5)):
+    for candidate in (depth // 2,) if two else (depth // 2, round(depth * 4 / 5)):
         if chosen[-1] + 1 < candidate < depth - 1:
             chosen.append(candidate)
     return tuple(eligible[ordinal] for ordinal in chosen), "rule"

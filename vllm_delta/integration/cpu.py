@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -33,6 +35,10 @@ from vllm_delta.integration.validation import (
 )
 from vllm_delta.ops import AttentionParameters, Rows, SelectionTable
 from vllm_delta.plan import Role
+from vllm_delta.policies import make_policy
+from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.run import decode_rows
+from vllm_delta.recall import table_mass
 from vllm_delta.step import PrefillBatch, split_step
 
 
@@ -197,13 +203,13 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             part = output.new_empty((len(batch.tokens), *output.shape[1:]))
             dense(layer, query[batch.tokens], key, value, kv_cache, metadata, part)
             output[batch.tokens] = part
-        self._decode(state, layer.isa, query, kv_cache, attn_metadata, rows, output)
+        self._decode(state, layer, query, kv_cache, attn_metadata, rows, output)
         return output
 
     def _decode(
         self,
         state: DeltaState,
-        isa: str,
+        layer: Any,
         query: Tensor,
         kv_cache: Tensor,
         attn_metadata: DeltaCPUMetadata,
@@ -213,18 +219,35 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         assert self.role is not None
         if self._parameters is None:  # the sinks are weights, loaded after __init__
             sinks = None if self.sinks is None else self.sinks.float().contiguous()
-            self._parameters = AttentionParameters(self.scale, isa, float(self.logits_soft_cap), sinks)
+            self._parameters = AttentionParameters(self.scale, layer.isa, float(self.logits_soft_cap), sinks)
+        query, output = (part.view(-1, self.num_heads, self.head_size) for part in (query, output))
+        config, parameters = state.config, self._parameters
+        plain = partial(_plain_layer, query, kv_cache, attn_metadata.block_table, parameters)
+        recall_layer = extract_layer_index(layer.layer_name) if state.recall.active else None
+        if state.observer is not None and self.role is not Role.SPARSE:
+            state.observer(extract_layer_index(layer.layer_name), plain(), _row_indices(rows))
+        if config.policy != "delta" and self.role is not Role.FULL:
+            decode_rows(
+                make_policy(config),
+                self.role,
+                plain(),
+                _row_indices(rows),
+                state.chosen,
+                state.counters,
+                output,
+                recall_layer,
+            )
+            return
         arguments = (
-            query.view(-1, self.num_heads, self.head_size),
+            query,
             kv_cache,
             attn_metadata.block_table,
             rows,
-            self._parameters,
+            parameters,
             state.workspace,
             state.counters.of(self.role),
-            output.view(-1, self.num_heads, self.head_size),
+            output,
         )
-        config = state.config
         if self.role is Role.FULL:
             ops.full_attention(*arguments)
         elif self.role is Role.SELECTION:
@@ -238,7 +261,32 @@ class DeltaCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             )
         else:
             state.counters.add_dense_rows("within_budget", attn_metadata.num_rows_within_budget)
-            ops.sparse_attention(*arguments, state.table_for_reading(rows), page_size=config.page_size)
+            table = state.table_for_reading(rows)
+            ops.sparse_attention(*arguments, table, page_size=config.page_size)
+            if recall_layer is not None:
+                indices = _row_indices(rows)
+                mass = table_mass(plain(), indices, table.pages, config.page_size, config.budget_pages)
+                state.counters.add_recall(recall_layer, *mass)
+
+
+def _plain_layer(
+    query: Tensor, kv_cache: Tensor, block_table: Tensor, parameters: AttentionParameters
+) -> Layer:
+    """A layer as policies and recall read it, in plain PyTorch."""
+    return Layer(
+        query,
+        kv_cache,
+        block_table,
+        parameters.scale,
+        parameters.softcap,
+        parameters.sinks,
+        parameters.layout,
+    )
+
+
+def _row_indices(rows: Rows) -> list[RowIndex]:
+    columns = (rows.tokens, rows.requests, rows.lengths)
+    return [RowIndex(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _shared_state(vllm_config: VllmConfig) -> DeltaState:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm.config import (
     get_layers_from_vllm_config,
 )
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -37,6 +39,10 @@ from vllm_delta.gpu import ops
 from vllm_delta.integration.cuda_state import CudaState, set_up
 from vllm_delta.integration.validation import check_block_size, check_cuda_layer
 from vllm_delta.plan import Role
+from vllm_delta.policies import make_policy
+from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.run import decode_rows
+from vllm_delta.recall import table_mass
 from vllm_delta.step import PrefillBatch, split_step
 
 
@@ -122,6 +128,8 @@ class DeltaCUDAMetadata(FlashAttentionMetadata):  # type: ignore[misc]
 
     #: decode rows, in chunks that one launch takes, each with its schedule; none where all is prefill
     chunks: list[tuple[ops.DecodeRows, ops.Schedule]] = field(default_factory=list)
+    #: the same rows on the host, where something runs in Python
+    rows: list[RowIndex] = field(default_factory=list)
     #: of a mixed step
     prefill: PrefillPart | None = None
     #: the builder, which stands for the KV cache group: its layers have one block table
@@ -136,7 +144,12 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Full graphs for steps of single tokens; a graph of a mixed step would freeze how it is split."""
+        """Full graphs for steps of single tokens; a graph of a mixed step would freeze how it is split.
+
+        None where the attention call needs Python: for policies other than DELTA, and to measure recall.
+        """
+        if not DeltaConfig.from_additional_config(vllm_config.additional_config).runs_kernels_alone:
+            return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
@@ -151,6 +164,8 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         self._not_eligible = len(impls) - len(self._roles) - self._sliding
         if self._roles:
             check_block_size(self.delta.config, self.block_size)
+            self.delta.step_layer = self.delta.step_layer or layer_names[0]
+        self._counts_steps = self.delta.step_layer == layer_names[0]
 
     def build(
         self,
@@ -170,6 +185,10 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         rows = self._single_token_rows(common) if single else self._split(common, metadata)
         if rows is not None:
             metadata.chunks = self._schedule(rows)
+            if state.observer is not None or not state.config.runs_kernels_alone:
+                metadata.rows = _on_host(rows)
+                if self._counts_steps:
+                    state.recall.next_step(state.config.recall_sample_steps)
         return metadata
 
     def _single_token_rows(self, common: CommonAttentionMetadata) -> ops.DecodeRows:
@@ -320,12 +339,27 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
         if self._parameters is None:  # sinks and scales are weights, loaded after __init__
             self._parameters = self._make_parameters(layer, query, output)
+        config, parameters = state.config, self._parameters
+        plain = partial(_plain_layer, query, kv_cache, attn_metadata.block_table, parameters)
+        recall_layer = extract_layer_index(layer.layer_name) if state.recall.active else None
+        if state.observer is not None and self.role is Role.SELECTION:
+            state.observer(extract_layer_index(layer.layer_name), plain(), attn_metadata.rows)
+        if config.policy != "delta":
+            decode_rows(
+                make_policy(config),
+                self.role,
+                plain(),
+                attn_metadata.rows,
+                state.chosen,
+                state.counters,
+                output,
+                recall_layer,
+            )
+            return
         counters = state.counters.of(self.role)
         begin = 0
         for rows, schedule in attn_metadata.chunks:
-            inputs = ops.LayerInputs(
-                query, kv_cache, attn_metadata.block_table, rows, schedule, self._parameters
-            )
+            inputs = ops.LayerInputs(query, kv_cache, attn_metadata.block_table, rows, schedule, parameters)
             table = state.table.slice(begin, begin + len(rows))
             arguments = inputs, state.workspace, state.selection, counters, output, table
             if self.role is Role.SELECTION:
@@ -335,6 +369,10 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             begin += len(rows)
         if self.role is Role.SELECTION:
             state.table_group = attn_metadata.group
+        elif recall_layer is not None:
+            indices = attn_metadata.rows
+            mass = table_mass(plain(), indices, state.table.pages, config.page_size, config.budget_pages)
+            state.counters.add_recall(recall_layer, *mass)
 
     def _make_parameters(self, layer: Any, query: Tensor, output: Tensor) -> ops.AttentionParameters:
         scales = None
@@ -345,6 +383,30 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
         return ops.AttentionParameters(
             self.scale, output.dtype, float(self.logits_soft_cap), self.sinks, scales
         )
+
+
+def _plain_layer(
+    query: Tensor, kv_cache: Tensor, block_table: Tensor, parameters: ops.AttentionParameters
+) -> Layer:
+    """A layer as policies and recall read it, in plain PyTorch."""
+    return Layer(
+        query,
+        kv_cache,
+        block_table,
+        parameters.scale,
+        parameters.softcap,
+        parameters.sinks,
+        scales=parameters.scales,
+    )
+
+
+def _on_host(rows: ops.DecodeRows) -> list[RowIndex]:
+    """The rows where Python can read them, which waits for the GPU."""
+    columns = torch.stack([rows.tokens, rows.requests, rows.lengths, rows.dense]).tolist()
+    return [
+        RowIndex(token, request, length, bool(dense))
+        for token, request, length, dense in zip(*columns, strict=True)
+    ]
 
 
 def _neighbours(indices: Tensor) -> slice | Tensor:

@@ -7,7 +7,7 @@ their addresses, which CUDA graphs hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,9 @@ from vllm_delta.counters import Counters
 from vllm_delta.gpu import ops
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.plan import Plan
+from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.run import Chosen
+from vllm_delta.recall import RecallSampler
 
 #: The logits of selection layers take at most this share of the memory that is left for the KV cache.
 LOGITS_SHARE = 0.008
@@ -47,6 +50,13 @@ class CudaState:
     prompt_lens: Callable[[CommonAttentionMetadata], Tensor | None] | None = None
     #: whose layers' block table the selection table's page frames are of
     table_group: object = None
+    #: what selection layers chose, under policies other than DELTA
+    chosen: Chosen = field(default_factory=Chosen)
+    recall: RecallSampler = field(default_factory=RecallSampler)
+    #: is shown what selection layers attend to; set by a calibration
+    observer: Callable[[int, Layer, Sequence[RowIndex]], None] | None = None
+    #: first layer of the KV cache group whose builder counts the steps for it
+    step_layer: str | None = None
     _marked: bool = field(default=False)
 
     @property

@@ -90,7 +90,9 @@ def _make_local_plan(
 
 def _log_plan(config: DeltaConfig, plan: Plan, nbytes: int) -> None:
     """Tell the user what was decided; `nbytes` is the memory that DELTA holds."""
-    if plan.layers(Role.SPARSE):
+    if plan.policy != "delta":
+        saving = "in plain PyTorch, which saves no time"
+    elif plan.layers(Role.SPARSE):
         saving = f"saves work from {config.budget_tokens + 1} tokens of context on"
     else:
         saving = "saves nothing: this plan has no sparse layer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,9 @@ from vllm_delta.config import DeltaConfig
 from vllm_delta.counters import Counters
 from vllm_delta.ops import Rows, SelectionTable
 from vllm_delta.plan import Plan
+from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.run import Chosen
+from vllm_delta.recall import RecallSampler
 
 
 @dataclass
@@ -26,6 +29,11 @@ class DeltaState:
     counters: Counters = field(default_factory=Counters)
     #: tokens of each prompt in the current batch, int ``[requests]``; set by DELTA's worker
     prompt_lens: Callable[[int], Tensor] | None = None
+    #: what selection layers chose, under policies other than DELTA
+    chosen: Chosen = field(default_factory=Chosen)
+    recall: RecallSampler = field(default_factory=RecallSampler)
+    #: is shown what layers attend to that attend to everything; set by a calibration
+    observer: Callable[[int, Layer, Sequence[RowIndex]], None] | None = None
     #: the rows of the current step; KV cache groups of one step share them
     _rows: Rows | None = None
     #: the rows that `table` was written for
@@ -37,7 +45,10 @@ class DeltaState:
         return self.table.nbytes + self.workspace.nbytes
 
     def share_rows(self, rows: Rows) -> Rows:
-        """The same object for every KV cache group of a step, recognised by its content."""
+        """The same object for every KV cache group of a step, recognised by its content.
+
+        Other rows than the last ones begin a step.
+        """
         known = self._rows
         if (
             known is None
@@ -46,6 +57,7 @@ class DeltaState:
             or not torch.equal(known.requests, rows.requests)
         ):
             self._rows = known = rows
+            self.recall.next_step(self.config.recall_sample_steps)
         return known
 
     def table_for_writing(self, rows: Rows) -> SelectionTable:

@@ -1,0 +1,36 @@
+"""Other methods of sparse decoding in the same engine, to compare DELTA with: right, not fast.
+
+A policy says which tokens a layer attends to. Everything else is DELTA's: the same full layers, dense
+prompts, sequences that fit the budget kept whole, budgets in tokens, counters. What differs between two runs
+is the choice of tokens.
+
+One file per method: `quest`, `lessismore`, `streaming`, `tidal`, `oracle`. They know tensors and the
+settings, not vLLM. `row` is one query token at one layer in plain PyTorch, `run` computes a step's rows.
+"""
+
+from __future__ import annotations
+
+from vllm_delta.config import DeltaConfig
+from vllm_delta.policies.base import Policy
+from vllm_delta.policies.lessismore import LessIsMore
+from vllm_delta.policies.oracle import Oracle
+from vllm_delta.policies.quest import Quest
+from vllm_delta.policies.streaming import Streaming
+from vllm_delta.policies.tidal import Tidal
+
+#: By the name in the settings. DELTA itself is not among them: the kernels compute it.
+COMPARISONS: dict[str, type[Policy]] = {
+    "quest": Quest,
+    "lessismore": LessIsMore,
+    "streaming": Streaming,
+    "tidal": Tidal,
+    "oracle": Oracle,
+}
+
+
+def make_policy(config: DeltaConfig) -> Policy:
+    """The policy that the settings name, which is not "delta"."""
+    return COMPARISONS[config.policy](config)
+
+
+__all__ = ["COMPARISONS", "Policy", "make_policy"]

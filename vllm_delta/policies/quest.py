@@ -1,0 +1,59 @@
+"""Quest: pages by a bound on their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_delta.policies.base import Policy, best_pages, page_tokens
+from vllm_delta.policies.row import Row
+
+
+@dataclass(frozen=True)
+class Quest(Policy):
+    """Quest (https://arxiv.org/abs/2406.10774): every layer chooses pages by an upper bound on q . k.
+
+    Of each page of keys k, the elementwise minimum m and maximum M are known. For a query head q,
+
+        ``bound(q, page) = sum over dimensions i of max(q[i] * m[i], q[i] * M[i])``
+
+    is at least q . k for each of the page's keys. The pages with the highest bounds are attended to, as
+    many as the budget has. The last page is always among them, as in the authors' kernels.
+
+    The authors' experiments leave the first two layers dense: `full_layers`.
+
+    Adapted:
+
+    - The paper chooses for each head, with models that have a KV head for every query head. Where a KV head
+      serves several query heads, its pages are chosen by the maximum of their bounds, and all of them attend
+      to these, so that the budget is what is read. (The authors' evaluation code repeats the keys for each
+      query head, which may read as many times the budget as query heads share a KV head.)
+    - The last `recent_tokens` and the first `sink_tokens` are kept within the budget, as in DELTA. The
+      paper's setting is 0 for both.
+    """
+
+    def choose(self, row: Row) -> Tensor:
+        """A set of pages for each KV head."""
+        config = self.config
+        pages = best_pages(
+            self.bounds(row), config.budget_pages, max(config.recent_pages, 1), config.sink_pages
+        )
+        return page_tokens(pages, config.page_size, row.length)
+
+    def bounds(self, row: Row) -> Tensor:
+        """The bound of each page, the maximum over a KV head's query heads, ``[KV, pages]``."""
+        keys, page_size = row.keys, self.config.page_size
+        # The last page, where it is partial, is filled up with its last key, which changes nothing.
+        keys = torch.cat([keys, keys[-1:].expand(-row.length % page_size, -1, -1)])
+        pages = keys.view(-1, page_size, *keys.shape[1:]).transpose(0, 2)  # [KV, page_size, pages, D]
+        minima, maxima = pages.amin(1), pages.amax(1)
+        query = row.by_kv_head(row.query)
+        # max(q m, q M) is q M where q is positive, else q m.
+        bounds = query.clamp(min=0) @ maxima.mT + query.clamp(max=0) @ minima.mT
+        return bounds.amax(1)
+
+    def tokens_read_to_choose(self, length: int) -> int:
+        """A page's minima and maxima are as much as one token's key and value."""
+        return -(-length // self.config.page_size)

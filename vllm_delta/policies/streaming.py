@@ -1,0 +1,31 @@
+"""StreamingLLM: the first tokens and the last ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_delta.policies.base import Policy
+from vllm_delta.policies.row import Row
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """StreamingLLM (https://arxiv.org/abs/2309.17453): attention sinks and a sliding window.
+
+    A row of n tokens attends to the tokens ``0 .. sink_tokens - 1`` and ``n - (budget_tokens - sink_tokens)
+    .. n - 1``; the paper's sinks are 4 tokens. `recent_tokens` and `page_size` are not used.
+
+    Adapted: tokens keep their positions in the text. The paper numbers them by their place in the window,
+    which matters beyond the lengths that a model was trained for. The paper's prompts and first layers have
+    the window, too; here prompts and the full layers are dense, as in every policy.
+    """
+
+    def choose(self, row: Row) -> Tensor:
+        """One set for all heads, the same whatever the row holds."""
+        sinks, budget = self.config.sink_tokens, self.config.budget_tokens
+        tokens = torch.arange(budget, device=row.keys.device)
+        tokens[sinks:] += row.length - budget
+        return tokens[None]
