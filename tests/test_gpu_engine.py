@@ -12,6 +12,8 @@ from conftest import in_fresh_process
 from demo_model import build_demo_model
 from dense_mask import logprobs_with_masks
 
+from vllm_delta.calibration.search import split_passes
+
 pytestmark = pytest.mark.gpu
 
 #: No full layers: FlashAttention, which computes them, splits their work otherwise without CUDA graphs.
@@ -302,3 +304,45 @@ def test_two_gpus(models):
     assert_same_until_near_tie([small[index] for index in short], [dense[index] for index in short])
     sparse = counts["layers"]["sparse"]
     assert 0 < sparse["attended_tokens"] < 0.7 * sparse["context_tokens"]
+
+
+def losses_of_plans(model):
+    """Answers along which a calibration scores the last tokens, and what plans lose along them."""
+    from vllm_delta.calibration.engine import Engine
+    from vllm_delta.config import DeltaConfig
+
+    budget = {name: SMALL[name] for name in ("budget_tokens", "recent_tokens", "sink_tokens")}
+    options = FINE | {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}
+    engine = Engine(str(model), DeltaConfig(**budget), 512, 1400, options)
+    try:
+        prompts = [{"prompt_token_ids": prompt} for prompt in make_prompts() if len(prompt) > 600]
+        answers = engine.answer(prompts, 40, 25)
+        observed = engine.record(answers, 4, lambda: None)
+        plans = [tuple(range(7)), (0, 4), (0, 1, 2)]
+        return (
+            answers,
+            observed,
+            {
+                (plan, key): engine.loss(plan, budget["budget_tokens"], [key])
+                for plan in plans
+                for key in range(len(answers))
+            },
+        )
+    finally:
+        engine.close()
+
+
+def test_calibration_measures_what_dense_masks_give(models):
+    """Plans change between requests; all scored rows of an answer are computed at once."""
+    spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    answers, observed, losses = in_fresh_process(losses_of_plans, models["full"], **spawn)
+    assert len(answers) == 3 and len(observed.mass) == 7 * 6 / 2
+    for (plan, key), loss in losses.items():
+        prompt, rows = answers[key].tokens[: answers[key].first_row], answers[key].tokens[-25:]
+        full_layers, selection = split_passes(plan, range(7))
+        dense, sparse = (
+            logprobs_with_masks(models["full"], prompt, [*rows, 0], layers, full, (16, 16, 2, 1))[1:]
+            for layers, full in (((), 7), (selection, full_layers))
+        )
+        expected = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+        assert loss.divergence == pytest.approx(expected, rel=0.25, abs=2e-3)

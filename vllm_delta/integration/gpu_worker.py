@@ -1,4 +1,4 @@
-"""vLLM's GPU worker, which also tells DELTA where prompts end, and others what DELTA has done."""
+"""vLLM's GPU worker, which also tells DELTA where prompts end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_delta.integration.cuda_state import CudaState
-from vllm_delta.integration.layers import find_state
+from vllm_delta.integration.worker_methods import DeltaWorkerMethods
 
 
-class DeltaGPUWorker(Worker):  # type: ignore[misc]
+class DeltaGPUWorker(DeltaWorkerMethods, Worker):  # type: ignore[misc]
     """The worker that is chosen where DELTA is selected."""
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
@@ -26,16 +25,6 @@ class DeltaGPUWorker(Worker):  # type: ignore[misc]
         times = super().compile_or_warm_up_model()
         self._delta_state().counters.reset()
         return times
-
-    def delta_counters(self) -> dict[str, Any]:
-        """What DELTA did since start-up, see `vllm_delta.counters`; for ``collective_rpc``."""
-        return self._delta_state().counters.as_dict()
-
-    def _delta_state(self) -> CudaState:
-        state: CudaState | None = find_state(self.vllm_config)
-        if state is None:
-            raise RuntimeError("DELTA is not set up in this worker")
-        return state
 
     def _prompt_lens(self, common: CommonAttentionMetadata) -> Tensor | None:
         runner = self.model_runner

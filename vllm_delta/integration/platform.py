@@ -6,6 +6,7 @@ overridden there. Everything else is the platform's, and nothing changes while a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.version import __version__ as vllm_version
 
+from vllm_delta.calibration.file import with_calibrated_layers
 from vllm_delta.config import DeltaConfig
 from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.plugin import BACKEND_NAME
@@ -45,6 +47,7 @@ class DeltaPlatformMixin:
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if not selects_delta(vllm_config):
             return
+        _adopt_calibration(vllm_config)
         warning = unsupported_version(vllm_version)
         if warning is not None:
             logger.warning_once(warning)
@@ -76,6 +79,16 @@ class DeltaCpuPlatformMixin(DeltaPlatformMixin):
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if selects_delta(vllm_config):
             choose_block_size(vllm_config)
+
+
+def _adopt_calibration(vllm_config: Any) -> None:
+    """Write a calibration's layers into the settings, with which they travel to every process."""
+    additional = vllm_config.additional_config
+    if vllm_config.model_config is None or not isinstance(additional, Mapping):
+        return
+    settings = with_calibrated_layers(additional.get("delta", {}), vllm_config.model_config.model)
+    if settings:
+        vllm_config.additional_config = {**additional, "delta": settings}
 
 
 def _prepare_cpu(vllm_config: Any) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which also tells DELTA where prompts end, and others what DELTA has done."""
+"""vLLM's CPU worker, which also tells DELTA where prompts end."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_delta.integration.layers import find_state
-from vllm_delta.integration.state import DeltaState
+from vllm_delta.integration.worker_methods import DeltaWorkerMethods
 
 
-class DeltaCPUWorker(CPUWorker):  # type: ignore[misc]
+class DeltaCPUWorker(DeltaWorkerMethods, CPUWorker):  # type: ignore[misc]
     """The worker that the platform chooses where DELTA is selected."""
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
@@ -20,13 +20,6 @@ class DeltaCPUWorker(CPUWorker):  # type: ignore[misc]
         state = find_state(self.vllm_config)
         if state is not None:
             state.prompt_lens = self._prompt_lens
-
-    def delta_counters(self) -> dict[str, Any]:
-        """What DELTA did since start-up, see `vllm_delta.counters`; for ``collective_rpc``."""
-        state: DeltaState | None = find_state(self.vllm_config)
-        if state is None:
-            raise RuntimeError("DELTA is not set up in this worker")
-        return state.counters.as_dict()
 
     def _prompt_lens(self, num_requests: int) -> Tensor:
         prompt_lens: Tensor = self.model_runner.input_batch.num_prompt_tokens_cpu_tensor

@@ -1,0 +1,192 @@
+"""An engine that a calibration asks: full attention's answers, and what any plan loses along them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vllm_delta.calibration.search import Passes, split_passes
+from vllm_delta.config import DeltaConfig
+
+Json = dict[str, Any]
+
+
+class CalibrationError(Exception):
+    """Stops a calibration; the message is for the person who started it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and the answer that full attention gave, of which the last tokens are scored."""
+
+    tokens: list[int]
+    prompt_tokens: int
+    #: position from which tokens are decode rows
+    first_row: int
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are decode rows."""
+        return len(self.tokens) - self.first_row
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a plan loses, over all rows of some answers."""
+
+    #: mean divergence from full attention's next-token distributions, nats
+    divergence: float
+    #: share of rows whose likeliest token is full attention's
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What layers attend to, as defined in `vllm_delta.integration.calibration`."""
+
+    #: share of layer j's attention on the pages that layer i chooses, by (i, j), i < j
+    mass: dict[tuple[int, int], float]
+    #: 1 - cos(attention of the layer before, of the layer), by layer
+    distances: dict[int, float]
+
+
+class Engine:
+    """vLLM with DELTA, one request at a time in Python: no graphs, no prefix caching."""
+
+    def __init__(
+        self, model: str, config: DeltaConfig, largest_budget: int, max_tokens: int, options: Json
+    ) -> None:
+        """Start.
+
+        Args:
+            model: as vLLM takes it.
+            config: the settings to calibrate for.
+            largest_budget: of which the loss will be asked, in tokens.
+            max_tokens: of the longest sequence.
+            options: further arguments of ``vllm.LLM``.
+        """
+        from vllm import LLM
+
+        settings = {
+            "page_size": config.page_size,
+            "budget_tokens": largest_budget,
+            "recent_tokens": config.recent_tokens,
+            "sink_tokens": config.sink_tokens,
+        }
+        arguments: Json = {
+            "attention_backend": "DELTA",
+            "additional_config": {"delta": settings},
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "max_model_len": max_tokens + 1,
+            "disable_log_stats": True,
+            **options,
+        }
+        self.llm: Any = LLM(model, **arguments)
+        self.config = config
+        self.eligible: list[int] = self._ask("layers")[0]
+        self._scored: dict[int, Answer] = {}
+
+    def answer(self, prompts: Sequence[Json], output_tokens: int, scored_tokens: int) -> list[Answer]:
+        """Full attention's answers to prompts as vLLM takes them, sampled as the model's settings say."""
+        self._use(tuple(self.eligible), self.config.budget_tokens)
+        sampling = self.llm.get_default_sampling_params()
+        sampling.max_tokens, sampling.detokenize = output_tokens, False
+        answers = []
+        for output in self.llm.generate(list(prompts), sampling, use_tqdm=False):
+            prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+            if len(answer) < 2:
+                continue
+            tokens = prompt + answer[:-1]
+            answers.append(Answer(tokens, len(prompt), max(len(prompt), len(tokens) - scored_tokens)))
+        return answers
+
+    def record(self, answers: Sequence[Answer], observed_rows: int, tick: Callable[[], object]) -> Observed:
+        """Keep full attention's distributions along the answers.
+
+        Every layer selects meanwhile, which computes full attention. About `observed_rows` rows of each
+        answer are observed. `tick` is called after each.
+        """
+        self._ask("use", [], self.eligible, self.config.budget_tokens)
+        for key, answer in enumerate(answers):
+            self._scored[key] = answer
+            every = max(1, answer.num_rows // observed_rows)
+            self._run(key, record=True, observe_every=every)
+            tick()
+        seen = self._ask("observations")[0]
+        return Observed(
+            {(int(i), int(j)): mass for i, j, mass in seen["mass"]},
+            {int(layer): distance for layer, distance in seen["distance"]},
+        )
+
+    def loss(self, passes: Passes, budget_tokens: int, keys: Sequence[int]) -> Loss:
+        """What a plan loses along the recorded answers with these numbers."""
+        self._use(passes, budget_tokens)
+        divergences: list[float] = []
+        agreements: list[bool] = []
+        for key in keys:
+            found = self._run(key, record=False)
+            divergences += found[0]
+            agreements += found[1]
+        return Loss(fmean(divergences), fmean(agreements))
+
+    def _use(self, passes: Passes, budget_tokens: int) -> None:
+        full_layers, selection_layers = split_passes(passes, self.eligible)
+        self._ask("use", self.eligible[:full_layers], list(selection_layers), budget_tokens)
+
+    def _run(self, key: int, **how: Any) -> tuple[list[float], list[bool]]:
+        from vllm import SamplingParams
+
+        answer = self._scored[key]
+        self._ask("begin", key, answer.first_row, len(answer.tokens), **how)
+        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+        self.llm.generate([{"prompt_token_ids": answer.tokens}], sampling, use_tqdm=False)
+        found: tuple[list[float], list[bool]] = next((f for f in self._ask("end", key) if f[0]), ([], []))
+        if not how["record"] and len(found[0]) != answer.num_rows:
+            raise CalibrationError(f"{len(found[0])} tokens were scored, not {answer.num_rows}")
+        return found
+
+    def _ask(self, action: str, *args: Any, **kwargs: Any) -> list[Any]:
+        results: list[Any] = self.llm.collective_rpc("delta_calibration", args=(action, *args), kwargs=kwargs)
+        return results
+
+    def close(self) -> None:
+        """End the engine."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def read_prompts(path: Path, chat: Any) -> list[Json]:
+    """Prompts of a file, as vLLM takes them.
+
+    Args:
+        path: one prompt a line: JSON objects with "prompt", "prompt_token_ids" or "messages" (a chat), or
+            plain text, which is a chat's only message where `chat` can render one, and else the prompt.
+        chat: from messages to token ids, or None.
+
+    Raises:
+        CalibrationError: an object that has none of these, or messages for a model without a chat template.
+    """
+    prompts: list[Json] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        entry: Any = json.loads(line) if line.lstrip().startswith("{") else None
+        if entry is None:
+            entry = {"prompt": line} if chat is None else {"messages": [{"role": "user", "content": line}]}
+        if "messages" in entry:
+            if chat is None:
+                raise CalibrationError(f"{path}, line {number}: this model has no chat template for messages")
+            entry = {"prompt_token_ids": chat(entry["messages"])}
+        known = {name: entry[name] for name in ("prompt", "prompt_token_ids") if name in entry}
+        if not known:
+            raise CalibrationError(
+                f'{path}, line {number}: neither "prompt", "prompt_token_ids" nor "messages"'
+            )
+        prompts.append(known)
+    if not prompts:
+        raise CalibrationError(f"{path} has no prompt")
+    return prompts

@@ -1,0 +1,65 @@
+"""The file that ``vllm-delta calibrate`` writes, and how a server finds it. Without vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_delta.config import DeltaConfig, DeltaConfigError
+
+#: its name in a model's folder
+CALIBRATION_FILE = "delta_calibration.json"
+
+
+def with_calibrated_layers(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The settings, in which a calibration's layers stand in place of ``"selection_layers": "auto"``.
+
+    They come from the file (or from the file in the folder) that the setting `calibration` names, or else
+    from `CALIBRATION_FILE` in the model's folder. Where the settings ask for another number of full layers
+    than the file in the model's folder was made for, it is left alone.
+
+    Args:
+        settings: what stands under ``"delta"``.
+        model: name or folder of the model, as vLLM has it.
+
+    Returns:
+        The settings, as they are where no file counts; else with `calibration` as the file's path.
+
+    Raises:
+        DeltaConfigError: a file that is named and not there, contradicts `full_layers`, or is not a
+            calibration.
+    """
+    config = DeltaConfig.from_additional_config({"delta": settings})
+    if config.selection_layers != "auto" or config.policy != "delta":
+        return dict(settings)
+    named = config.calibration is not None
+    path = Path(config.calibration if config.calibration is not None else model)
+    if path.is_dir():
+        path /= CALIBRATION_FILE
+    if not path.is_file():
+        if named:
+            raise DeltaConfigError(f"delta.calibration: there is no file {path}")
+        return dict(settings)
+    layers = _read_layers(path)
+    if settings.get("full_layers", layers["full_layers"]) != layers["full_layers"]:
+        if named:
+            raise DeltaConfigError(
+                f"delta.full_layers is {settings['full_layers']}, but {path} was made for "
+                f"{layers['full_layers']}; leave one of them out"
+            )
+        return dict(settings)
+    return {**settings, **layers, "calibration": str(path)}
+
+
+def _read_layers(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())["delta"]
+        layers = {name: found[name] for name in ("full_layers", "selection_layers")}
+        DeltaConfig.from_additional_config({"delta": layers})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeltaConfigError(
+            f'{path} is no calibration: it needs full_layers and selection_layers under "delta" ({error!r})'
+        ) from error
+    return layers

@@ -1,0 +1,255 @@
+"""A calibration from the prompts to the file: what is measured, in which order, and what is written."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_delta.calibration.engine import Answer, CalibrationError, Engine, Loss, Observed
+from vllm_delta.calibration.search import (
+    Passes,
+    attended_share,
+    join_passes,
+    mass_rule,
+    peak_rule,
+    search,
+    split_passes,
+)
+from vllm_delta.config import DeltaConfig
+from vllm_delta.plan import Role, make_plan
+
+#: rows of each answer of which mass and distances are computed
+OBSERVED_ROWS = 16
+#: budgets of which the loss is told, relative to the one that is calibrated for
+BUDGETS = (0.5, 1, 2)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set of passes and what it loses on answers that were not used to find it."""
+
+    name: str
+    passes: Passes
+    loss: Loss
+
+
+@dataclass
+class Result:
+    """All that a calibration found."""
+
+    config: DeltaConfig
+    eligible: list[int]
+    #: the calibrated choice first, then the rules that it is compared with
+    choices: list[Choice]
+    #: the loss of the calibrated choice, by budget in tokens
+    by_budget: dict[int, Loss]
+    #: the divergence where this layer alone is sparse, and the layer before it selects
+    sensitivity: dict[int, float]
+    observed: Observed
+    #: tokens that the scored rows see
+    lengths: list[int]
+    evaluations: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Choice:
+        """The calibrated choice."""
+        return self.choices[0]
+
+    def settings(self) -> dict[str, Any]:
+        """What ``--additional-config`` takes: DELTA's settings, and beside them how they were found."""
+        full_layers, selection_layers = split_passes(self.best.passes, self.eligible)
+        c = self.config
+
+        def describe(loss: Loss) -> dict[str, float]:
+            return {
+                "divergence": round(loss.divergence, 6),
+                "agreement": round(loss.agreement, 6),
+            }
+
+        return {
+            "delta": {
+                "full_layers": full_layers,
+                "selection_layers": list(selection_layers),
+                "budget_tokens": c.budget_tokens,
+                "recent_tokens": c.recent_tokens,
+                "sink_tokens": c.sink_tokens,
+                "page_size": c.page_size,
+            },
+            "calibration": {
+                **self.notes,
+                "evaluations": self.evaluations,
+                "scored_tokens": len(self.lengths),
+                "mean_context": round(sum(self.lengths) / len(self.lengths)),
+                "budgets": [
+                    {
+                        "budget_tokens": budget,
+                        "attended": round(
+                            attended_share(self.best.passes, self.eligible, budget, self.lengths), 4
+                        ),
+                        **describe(loss),
+                    }
+                    for budget, loss in self.by_budget.items()
+                ],
+                "compared": {
+                    choice.name: {"passes": list(choice.passes), **describe(choice.loss)}
+                    for choice in self.choices
+                },
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for."""
+
+    config: DeltaConfig
+    #: passes that the result may have: full and selection layers together
+    passes: int
+    output_tokens: int
+    scored_tokens: int
+
+
+def calibrate(
+    engine: Engine, prompts: Sequence[Any], options: Options, progress: Callable[[str], Callable[[], object]]
+) -> Result:
+    """Find the passes that lose least.
+
+    Half of the answers are searched with, a quarter of these screen candidates; what is told of the result,
+    and of the rules beside it, is measured on the other half.
+
+    Args:
+        engine: of the model.
+        prompts: as `Engine.answer` takes them; at least two answers have to exceed the budget.
+        options: what is asked for.
+        progress: is called with the name of a part, and returns what is called at each of its steps.
+
+    Raises:
+        CalibrationError: too few answers beyond the budget, or a number of passes that the model cannot have.
+    """
+    config, eligible = options.config, engine.eligible
+    if not 1 <= options.passes <= len(eligible):
+        raise CalibrationError(
+            f"full and selection layers must be 1 to {len(eligible)}, not {options.passes}"
+        )
+    progress("answers")()
+    answers = [
+        answer
+        for answer in engine.answer(prompts, options.output_tokens, options.scored_tokens)
+        if len(answer.tokens) > config.budget_tokens
+    ]
+    if len(answers) < 2:
+        raise CalibrationError(
+            f"{len(answers)} of {len(prompts)} sequences exceed the budget of {config.budget_tokens} tokens, "
+            "where at least 2 are needed: longer prompts, more output tokens or a smaller budget"
+        )
+    observed = engine.record(answers, OBSERVED_ROWS, progress("full attention"))
+    keys = range(len(answers))
+    held_out, searched = keys[1::2], keys[::2]
+    screened = searched[: max(1, len(searched) // 4)]
+    measured: dict[tuple[Passes, tuple[int, ...]], Loss] = {}
+
+    def loss(passes: Passes, among: Sequence[int], tick: Callable[[], object]) -> float:
+        found = engine.loss(passes, config.budget_tokens, among)
+        measured[passes, tuple(among)] = found
+        tick()
+        return found.divergence
+
+    tick = progress("sensitivity")
+    sensitivity = {
+        layer: loss(tuple(other for other in eligible if other != layer), screened, tick)
+        for layer in eligible[1:]
+    }
+    tick = progress("search")
+    best = search(
+        eligible,
+        options.passes,
+        lambda passes: loss(passes, searched, tick),
+        (lambda passes: loss(passes, screened, tick)) if len(screened) < len(searched) else None,
+    )
+    tick = progress("comparison")
+    choices = []
+    for name, passes in {"calibrated": best, **rules(observed, eligible, options)}.items():
+        loss(passes, held_out, tick)
+        choices.append(Choice(name, passes, measured[passes, tuple(held_out)]))
+    by_budget = {}
+    for budget in budgets(config):
+        by_budget[budget] = engine.loss(best, budget, held_out)
+        tick()
+    return Result(
+        config=config,
+        eligible=eligible,
+        choices=choices,
+        by_budget=by_budget,
+        sensitivity=sensitivity,
+        observed=observed,
+        lengths=[length for key in held_out for length in _lengths(answers[key])],
+        evaluations=len(measured),
+    )
+
+
+def rules(observed: Observed, eligible: Sequence[int], options: Options) -> dict[str, Passes]:
+    """The passes of the rule of thumb, the paper's peaks and the attention mass, as many as are asked for.
+
+    The rule of thumb gives three selection layers; with another number of passes it has as many full layers
+    as that leaves.
+    """
+    number = options.passes
+    full_layers = max(0, number - 3)
+    config = DeltaConfig(full_layers=full_layers)
+    thumb = make_plan(config, eligible, eligible[-1] + 1)
+    passes = join_passes(full_layers, thumb.layers(Role.SELECTION), eligible)
+    return {
+        "rule of thumb": passes[:number],
+        "peaks": peak_rule(observed.distances, eligible, number, min(2, number - 1)),
+        "mass": mass_rule(observed.mass, eligible, number),
+    }
+
+
+def budgets(config: DeltaConfig) -> list[int]:
+    """Budgets of which the loss is told, in tokens, ascending; the last is the largest."""
+    least = max(1, config.recent_tokens + config.sink_tokens)
+    tokens = [int(config.budget_pages * factor) * config.page_size for factor in BUDGETS]
+    return [budget for budget in tokens if budget >= least]
+
+
+def _lengths(answer: Answer) -> range:
+    return range(answer.first_row + 1, len(answer.tokens) + 1)
+
+
+def describe_run(model: str, prompts: str) -> dict[str, Any]:
+    """What the file says of where it comes from."""
+    return {
+        "model": model,
+        "prompts": prompts,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "vllm": importlib.metadata.version("vllm"),
+        "vllm_delta": importlib.metadata.version("vllm-delta"),
+    }
+
+
+def table(result: Result) -> str:
+    """The choices, and the losses by budget, as text."""
+    lines = [f"{'layers':15}{'full':>5}  {'selection':24}{'divergence':>12}{'agreement':>11}"]
+    for choice in result.choices:
+        full_layers, selection = split_passes(choice.passes, result.eligible)
+        names = ", ".join(map(str, selection))
+        lines.append(
+            f"{choice.name:15}{full_layers:>5}  {names:24}{choice.loss.divergence:>12.6f}"
+            f"{choice.loss.agreement:>11.2%}"
+        )
+    lines.append(f"\n{'budget':>8}{'attended':>10}{'divergence':>12}{'agreement':>11}")
+    for budget, loss in result.by_budget.items():
+        share = attended_share(result.best.passes, result.eligible, budget, result.lengths)
+        lines.append(f"{budget:>8}{share:>10.1%}{loss.divergence:>12.6f}{loss.agreement:>11.2%}")
+    return "\n".join(lines)
+
+
+def write_settings(result: Result, path: Path) -> None:
+    """The file that ``--additional-config`` and ``"selection_layers": "auto"`` take."""
+    path.write_text(json.dumps(result.settings(), indent=1) + "\n")

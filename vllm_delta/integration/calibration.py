@@ -1,0 +1,234 @@
+"""One worker's part of a calibration: decode steps along a given text, under any plan, all at once.
+
+The tokens of a text from `first_row` on are decode rows, whoever wrote them: what a row computes does not
+depend on how many rows a step has (`vllm_delta.step`). So the text is one request whose prompt is said to end
+at `first_row`, and one pass of the model gives the distribution of the next token after every row, with the
+keys and values of earlier rows as DELTA itself computes them.
+
+Distributions are compared by the divergence from full attention's, ``KL = sum_v p(v) log(p(v) / q(v))`` in
+nats, with p of full attention, over its `LIKELIEST` tokens and all others as one. What layers attend to is
+compared by mass: ``m[i, j]`` is the share of layer j's attention, the mean over its heads and over rows, on
+the pages that layer i chooses; and by the distance ``d[j] = 1 - cos(a[i], a[j])`` of the attention (mean over
+heads) of neighbouring layers i and j.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_delta import reference
+from vllm_delta.plan import Plan, Role
+from vllm_delta.policies.row import Layer, RowIndex
+
+#: rows whose distributions are computed at a time
+ROWS_AT_A_TIME = 64
+
+#: tokens of full attention's distributions that are told apart
+LIKELIEST = 1024
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Full attention's log-probabilities of the likeliest tokens."""
+
+    #: float32 ``[rows, tokens]``, descending
+    log_probabilities: Tensor
+    #: int64 ``[rows, tokens]``
+    tokens: Tensor
+
+    @classmethod
+    def keep(cls, log_probabilities: Tensor) -> Distributions:
+        """Of all log-probabilities, ``[rows, vocabulary]``."""
+        return cls(*log_probabilities.topk(min(LIKELIEST, log_probabilities.shape[1])))
+
+    def divergence(self, found: Tensor) -> Tensor:
+        """From these to others, whole ones as in `keep`: ``[rows]``, nats."""
+        others = found.gather(1, self.tokens)
+        told_apart = (self.log_probabilities.exp() * (self.log_probabilities - others)).sum(-1)
+        rest, other_rest = (
+            (1 - part.exp().sum(-1)).clamp_min(1e-9) for part in (self.log_probabilities, others)
+        )
+        return (told_apart + rest * (rest / other_rest).log()).clamp_min(0)
+
+    def slice(self, begin: int, end: int) -> Distributions:
+        """Rows `begin` to `end`."""
+        return Distributions(self.log_probabilities[begin:end], self.tokens[begin:end])
+
+    @classmethod
+    def join(cls, parts: Sequence[Distributions]) -> Distributions:
+        """All rows of several."""
+        columns = ([part.log_probabilities for part in parts], [part.tokens for part in parts])
+        return cls(*map(torch.cat, columns))
+
+
+@dataclass
+class Text:
+    """The current request's text, and what is found along it."""
+
+    #: position of the first decode row
+    first_row: int
+    #: tokens
+    length: int
+    #: full attention's of each row; None while they are recorded, and on ranks that do not see them
+    expected: Distributions | None
+    #: observe every so many rows; 0 for none
+    observe_every: int = 0
+    recorded: list[Distributions] = field(default_factory=list)
+    #: of each row: the divergence, and whether the likeliest token is the same
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
+
+
+@dataclass
+class Observations:
+    """Sums over observed rows; see the head of this module."""
+
+    rows: int = 0
+    mass: dict[tuple[int, int], float] = field(default_factory=dict)
+    distance: dict[int, float] = field(default_factory=dict)
+    #: of the current step, by row: the pages that layers chose so far, and the last one's attention
+    chosen: dict[RowIndex, dict[int, Tensor]] = field(default_factory=dict)
+    previous: dict[RowIndex, Tensor] = field(default_factory=dict)
+
+
+class Calibration:
+    """Changes the plan of a running worker, and measures what that does along given texts.
+
+    One request at a time, without CUDA graphs, prefix caching and pipeline parallelism.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, state: Any) -> None:
+        self._state = state
+        self._compute_logits: Any = model.compute_logits
+        self._impls = {
+            extract_layer_index(name): layer.impl
+            for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
+            if getattr(layer.impl, "role", None) is not None
+        }
+        self._expected: dict[int, Distributions] = {}
+        self._text: Text | None = None
+        self._seen = Observations()
+        model.register_forward_hook(self._after_forward, with_kwargs=True)
+        state.prompt_lens = self._prompt_lens
+        state.observer = self._observe
+
+    def call(self, action: str, *args: Any, **kwargs: Any) -> Any:
+        """One of the methods below, by name.
+
+        Raises:
+            ValueError: a name that is none of theirs.
+        """
+        actions = (self.layers, self.use, self.begin, self.end, self.observations)
+        for method in actions:
+            if method.__name__ == action:
+                return method(*args, **kwargs)
+        raise ValueError(f"action must be one of {', '.join(m.__name__ for m in actions)}, not {action!r}")
+
+    def layers(self) -> list[int]:
+        """Indices of the layers that a plan may make sparse, ascending."""
+        return sorted(self._impls)
+
+    def use(self, full_layers: Sequence[int], selection_layers: Sequence[int], budget_tokens: int) -> None:
+        """Change the plan: all other layers are sparse. The budget is at most that of the start."""
+        state = self._state
+        roles = {layer: Role.SPARSE for layer in self.layers()}
+        roles |= dict.fromkeys(full_layers, Role.FULL) | dict.fromkeys(selection_layers, Role.SELECTION)
+        for layer, role in roles.items():
+            self._impls[layer].role = role
+        state.plan = Plan(roles, "calibration")
+        state.config = dataclasses.replace(state.config, budget_tokens=budget_tokens)
+        if hasattr(state, "selection"):  # the GPU's kernels have their own form of the settings
+            state.selection = dataclasses.replace(state.selection, budget_tokens=budget_tokens)
+
+    def begin(self, key: int, first_row: int, length: int, *, record: bool, observe_every: int = 0) -> None:
+        """The next request's text: `record` its distributions as those of `key`, or compare with them."""
+        expected = None if record else self._expected.get(key)
+        self._text = Text(first_row, length, expected, observe_every)
+
+    def end(self, key: int) -> tuple[list[float], list[bool]]:
+        """Each row's divergence, and whether its likeliest token is full attention's; empty where recorded.
+
+        Also empty on tensor parallel ranks that do not see the distributions.
+        """
+        text, self._text = self._text, None
+        assert text is not None
+        if text.recorded:
+            self._expected[key] = Distributions.join(text.recorded)
+        return text.divergences, text.agreements
+
+    def observations(self) -> dict[str, list[list[float]]]:
+        """``"mass"`` as ``[i, j, m]``, ``"distance"`` as ``[j, d]``: means over the observed rows."""
+        seen = self._seen
+        rows = max(1, seen.rows)
+        return {
+            "mass": [[*pair, value / rows] for pair, value in seen.mass.items()],
+            "distance": [[layer, value / rows] for layer, value in seen.distance.items()],
+        }
+
+    def _prompt_lens(self, batch: Any) -> Tensor:
+        """Of a batch of one request; as DELTA's workers tell it (`batch` is their argument)."""
+        count = batch if isinstance(batch, int) else batch.num_reqs
+        first_row = 1 << 30 if self._text is None else self._text.first_row
+        return torch.full((count,), first_row, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def _after_forward(self, _model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        text = self._text
+        if text is None:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        positions = kwargs["positions"] if "positions" in kwargs else args[1]
+        positions = positions[0] if positions.dim() == 2 else positions  # three equal ones, for texts
+        first = int(positions[0])
+        count = min(len(positions), text.length - first)
+        begin = max(0, text.first_row - first)
+        for start in range(begin, count, ROWS_AT_A_TIME):
+            rows = slice(start, min(start + ROWS_AT_A_TIME, count))
+            logits: Tensor | None = self._compute_logits(hidden[rows])
+            if logits is not None:  # on one of several tensor parallel ranks
+                done = first + start - text.first_row
+                self._compare(text, logits.float().log_softmax(-1), done)
+        self._seen.chosen.clear()
+        self._seen.previous.clear()
+
+    def _compare(self, text: Text, found: Tensor, done: int) -> None:
+        """Rows from `done` on, their log-probabilities ``[rows, vocabulary]``."""
+        if text.expected is None:
+            text.recorded.append(Distributions.keep(found))
+            return
+        expected = text.expected.slice(done, done + len(found))
+        text.divergences += expected.divergence(found).tolist()
+        text.agreements += (expected.tokens[:, 0] == found.argmax(-1)).tolist()
+
+    def _observe(self, index: int, layer: Layer, rows: Sequence[RowIndex]) -> None:
+        """What a layer that attends to everything attends to; called at every such layer, in their order."""
+        text, config = self._text, self._state.config
+        if text is None or not text.observe_every:
+            return
+        seen = self._seen
+        for row in rows:
+            if row.dense or row.length % text.observe_every:
+                continue
+            probabilities = layer.row(row).probabilities()
+            attention = probabilities.mean(0)
+            pages = reference.page_scores(attention[None], config.page_size)
+            chosen = seen.chosen.setdefault(row, {})
+            seen.rows += not chosen
+            for other, its_pages in chosen.items():
+                seen.mass[other, index] = seen.mass.get((other, index), 0) + float(pages[its_pages].sum())
+            scores = reference.page_scores(probabilities, config.page_size).cpu()
+            kept = reference.select_pages(scores, config.budget_pages, config.recent_pages, config.sink_pages)
+            chosen[index] = kept.to(pages.device)
+            if row in seen.previous:
+                cosine = torch.cosine_similarity(seen.previous[row], attention, 0)
+                seen.distance[index] = seen.distance.get(index, 0) + float(1 - cosine)
+            seen.previous[row] = attention
