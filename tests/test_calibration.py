@@ -133,6 +133,44 @@ def test_a_named_file_counts(tmp_path):
             with_calibrated_layers(named, "some/model")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--delta", '{"pages": 1}'], "delta.pages is not a setting"),
+        (["--budget-tokens", "100"], "delta.budget_tokens must be a multiple of delta.page_size"),
+        (["--engine", "[1]"], "invalid json_object value"),
+        (["--engine", '{"pipeline_parallel_size": 2}'], "does not serve pipeline parallelism"),
+        (["--selection-layers", "0"], "the other numbers are 1 or more"),
+    ],
+)
+def test_wrong_options_are_refused(options, message, capsys):
+    from vllm_delta.cli import parse_arguments
+
+    with pytest.raises(SystemExit):
+        parse_arguments(["calibrate", "model", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_are_read(tmp_path):
+    from vllm_delta.calibration.engine import CalibrationError, read_prompts
+
+    path = tmp_path / "prompts"
+    path.write_text('one two\n\n{"prompt": "three"}\n{"prompt_token_ids": [4]}\n')
+    plain = [{"prompt": "three"}, {"prompt_token_ids": [4]}]
+    assert read_prompts(path, None) == [{"prompt": "one two"}, *plain]
+    seen = []
+    assert read_prompts(path, lambda chat: seen.append(chat) or [7]) == [{"prompt_token_ids": [7]}, *plain]
+    assert seen == [[{"role": "user", "content": "one two"}]]
+    for text, message in (
+        ('{"messages": []}', "line 1: this model has no chat template"),
+        ('{"text": ""}', "line 1: neither"),
+        ("", "has no prompt"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CalibrationError, match=message):
+            read_prompts(path, None)
+
+
 PLANS = [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 4), (0, 3)]
 BUDGET = 96
 SETTINGS = {"budget_tokens": BUDGET, "recent_tokens": 32, "sink_tokens": 16}

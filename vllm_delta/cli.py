@@ -39,12 +39,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     budget = DeltaConfig.budget_tokens
     add("--budget-tokens", type=int, default=budget, metavar="B", help="(%(default)s)")
-    add("--delta", type=json.loads, default={}, metavar="JSON", help="further settings")
+    add("--delta", type=json_object, default={}, metavar="JSON", help="further settings")
     add("--output-tokens", type=int, default=4096, metavar="N", help="longest answer (%(default)s)")
     add("--scored-tokens", type=int, default=1024, metavar="N", help="at an answer's end (%(default)s)")
     add("--max-prompt-tokens", type=int, default=4096, metavar="N", help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the answers (%(default)s)")
-    add("--engine", type=json.loads, default={}, metavar="JSON", help="arguments of vllm.LLM")
+    add("--engine", type=json_object, default={}, metavar="JSON", help="arguments of vllm.LLM")
     add("--out", type=Path, help=f"file to write ({CALIBRATION_FILE} in the model's folder, or else here)")
     add("--picture", type=Path, metavar="FILE", help=".svg or .png; takes matplotlib (none)")
     arguments = parser.parse_args(argv)
@@ -53,10 +53,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         arguments.config = DeltaConfig.from_additional_config({"delta": settings})
     except DeltaConfigError as error:
         parser.error(str(error))
+    if arguments.engine.get("pipeline_parallel_size", 1) != 1:
+        parser.error("--engine: a calibration does not serve pipeline parallelism")
     numbers = ("selection_layers", "output_tokens", "scored_tokens", "max_prompt_tokens")
     if min(getattr(arguments, name) for name in numbers) < 1 or arguments.full_layers < 0:
         parser.error("--full-layers is 0 or more, and the other numbers are 1 or more")
     return arguments
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An option's value; raises ValueError for other JSON than an object."""
+    value: Any = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
 
 
 def calibrate(arguments: argparse.Namespace) -> int:
