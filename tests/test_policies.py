@@ -25,7 +25,7 @@ from vllm_delta.integration.cuda_state import CudaState
 from vllm_delta.integration.layers import find_state
 from vllm_delta.plan import SELF_SELECTING, Plan, Role, make_plan
 from vllm_delta.policies import COMPARISONS, make_policy
-from vllm_delta.policies.row import Layer, Row, RowIndex
+from vllm_delta.policies.rows import Layer, RowIndex, Rows, together
 from vllm_delta.policies.run import Chosen, decode_rows
 from vllm_delta.recall import RecallSampler, kept_mass, table_mass
 
@@ -52,45 +52,43 @@ def settings(budget, policy, **others):
     )
 
 
-def random_row(length, heads, kv_heads, size, softcap, sinks):
-    query, keys, values = (
-        scale * torch.randn(*shape, dtype=torch.float64)
-        for scale, shape in ((2, (heads, size)), (1, (length, kv_heads, size)), (1, (length, kv_heads, size)))
-    )
-    return Row(query, keys, values, size**-0.5, softcap, 2 * torch.randn(heads).double() if sinks else None)
+def random_rows(lengths, heads, kv_heads, size, softcap, sinks):
+    """Rows of one request that see so many tokens."""
+    shapes = (len(lengths), heads, size), *[(max(lengths), kv_heads, size)] * 2
+    queries, keys, values = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    sinks = 2 * torch.randn(heads).double() if sinks else None
+    return Rows(2 * queries, keys, values, torch.tensor(lengths), size**-0.5, softcap, sinks)
 
 
-def mask_row(row):
-    """The same for the masks, with probabilities of its own."""
-    groups = len(row.query) // row.num_kv_heads
-    keys = row.keys.transpose(0, 1).repeat_interleave(groups, 0).numpy()
-    query = row.query.numpy()
-    logits = np.stack([key @ one for key, one in zip(keys, query, strict=True)]) * row.scale
-    if row.softcap:
-        logits = row.softcap * np.tanh(logits / row.softcap)
+def mask_row(rows, number=0):
+    """One of them for the masks, with probabilities of its own."""
+    length, groups = int(rows.lengths[number]), rows.queries.shape[1] // rows.num_kv_heads
+    keys = rows.keys[:length].transpose(0, 1).repeat_interleave(groups, 0).numpy()
+    query = rows.queries[number].numpy()
+    logits = np.stack([key @ one for key, one in zip(keys, query, strict=True)]) * rows.scale
+    if rows.softcap:
+        logits = rows.softcap * np.tanh(logits / rows.softcap)
     weights = np.exp(logits)
-    rest = 0 if row.sinks is None else np.exp(row.sinks.numpy())
+    rest = 0 if rows.sinks is None else np.exp(rows.sinks.numpy())
     probabilities = weights / (weights.sum(axis=1) + rest)[:, None]
     return MaskRow(query, keys, logits, probabilities, groups)
 
 
-def as_mask(row, tokens):
-    """Token indices as a mask ``[heads, tokens]``; they ascend, none twice."""
-    assert (tokens.diff() > 0).all()
-    mask = torch.zeros(row.num_kv_heads, row.length, dtype=torch.bool)
-    mask.scatter_(1, tokens.expand(row.num_kv_heads, -1), True)
-    return mask.repeat_interleave(len(row.query) // row.num_kv_heads, 0).numpy()
+def as_mask(rows, tokens, number=0):
+    """A row's tokens as a mask ``[heads, tokens]`` of those that it sees; it attends to no other."""
+    length, groups = int(rows.lengths[number]), rows.queries.shape[1] // rows.num_kv_heads
+    mask = tokens[number].expand(rows.num_kv_heads, -1).repeat_interleave(groups, 0)
+    assert not mask[:, length:].any()
+    return mask[:, :length].numpy()
 
 
-def masked_attention(row, mask):
-    """Attention in NumPy, ``[heads, head size]``."""
-    weights = mask_row(row).probabilities * mask  # of the whole softmax: what is left out is taken out below
-    if row.sinks is not None:
-        sink = 1 - mask_row(row).probabilities.sum(axis=1)
-        weights /= (weights.sum(axis=1) + sink)[:, None]
-    else:
-        weights /= weights.sum(axis=1)[:, None]
-    values = row.values.transpose(0, 1).repeat_interleave(len(row.query) // row.num_kv_heads, 0).numpy()
+def masked_attention(rows, mask, number=0):
+    """Attention of a row in NumPy, ``[heads, head size]``."""
+    row = mask_row(rows, number)
+    weights = row.probabilities * mask  # of the whole softmax: what is left out is taken out below
+    sink = 0 if rows.sinks is None else 1 - row.probabilities.sum(axis=1)
+    weights /= (weights.sum(axis=1) + sink)[:, None]
+    values = rows.values[: weights.shape[1]].transpose(0, 1).repeat_interleave(row.groups, 0).numpy()
     return np.stack([weight @ value for weight, value in zip(weights, values, strict=True)])
 
 
@@ -105,13 +103,14 @@ def test_choice_and_attention_equal_the_mask(policy, budget):
     torch.manual_seed(0)
     config = settings(budget, policy)
     for shape in SHAPES:
-        for length in (budget.budget + 1, *LENGTHS):
-            row = random_row(length, *shape)
-            tokens = make_policy(config).choose(row)
-            mask = MASKS[policy](mask_row(row), budget)
-            assert (as_mask(row, tokens) == mask).all()
-            assert tokens.shape[1] <= budget.budget
-            np.testing.assert_allclose(row.attend(tokens).numpy(), masked_attention(row, mask), atol=1e-12)
+        rows = random_rows([130, budget.budget + 1, *LENGTHS], *shape)
+        tokens = make_policy(config).choose(rows)
+        attended = rows.attend(tokens).numpy()
+        assert tokens.sum(-1).max() <= budget.budget
+        for number in range(len(rows)):
+            mask = MASKS[policy](mask_row(rows, number), budget)
+            assert (as_mask(rows, tokens, number) == mask).all()
+            np.testing.assert_allclose(attended[number], masked_attention(rows, mask, number), atol=1e-12)
 
 
 @pytest.mark.parametrize("policy", COMPARISONS)
@@ -120,15 +119,15 @@ def test_ties_go_to_the_lower_index(policy, budget):
     """Small whole numbers, whose products are exact; the query of nothing ties everything."""
     torch.manual_seed(1)
     for scale in (0, 1):
-        row = random_row(150, 4, 2, 8, 0.0, False)
-        query, keys = scale * row.query.round().clamp(-1, 1), row.keys.round().clamp(-1, 1)
+        rows = random_rows([150], 4, 2, 8, 0.0, False)
+        query, keys = scale * rows.queries.round().clamp(-1, 1), rows.keys.round().clamp(-1, 1)
         if policy == "oracle":
             query *= 0  # sums of other numbers depend on their order
         if policy == "tidal":
-            query[1::2] = query[::2]  # and so does the softmax, between heads
-        row = Row(query, keys, row.values, 1.0)
-        mask = MASKS[policy](mask_row(row), budget)
-        assert (as_mask(row, make_policy(settings(budget, policy)).choose(row)) == mask).all()
+            query[:, 1::2] = query[:, ::2]  # and so does the softmax, between heads
+        rows = Rows(query, keys, rows.values, rows.lengths, 1.0)
+        mask = MASKS[policy](mask_row(rows), budget)
+        assert (as_mask(rows, make_policy(settings(budget, policy)).choose(rows)) == mask).all()
 
 
 def paged_layer(lengths, heads=4, kv_heads=2, size=16, block_size=16, **options):
@@ -149,8 +148,18 @@ def paged_layer(lengths, heads=4, kv_heads=2, size=16, block_size=16, **options)
 
 
 def double_row(layer, index):
-    row = layer.row(index)
-    return Row(row.query.double(), row.keys.double(), row.values.double(), row.scale)
+    rows = layer.rows([index])
+    parts = (part.double() for part in (rows.queries, rows.keys, rows.values))
+    return Rows(*parts, rows.lengths, rows.scale)
+
+
+def test_rows_come_together_by_request_and_memory(monkeypatch):
+    indices = [RowIndex(n, request, 10 + n) for n, request in enumerate([0, 0, 0, 1, 0, 2, 2])]
+    assert [len(part) for part in together(indices, 4)] == [3, 1, 1, 2]
+    monkeypatch.setattr("vllm_delta.policies.rows.TOGETHER", 2 * 4 * 11)
+    parts = list(together(indices, 4))
+    assert [len(part) for part in parts] == [2, 1, 1, 1, 1, 1]
+    assert [index for part in parts for index in part] == indices
 
 
 @pytest.mark.parametrize("policy", COMPARISONS)
@@ -161,8 +170,13 @@ def test_decode_rows(policy):
     lengths = [1, 64, 65, 200, 150, 63, 90]
     layer, rows = paged_layer(lengths)
     rows = [index._replace(dense=index.length == 90) for index in rows]  # a prompt's last token
+    more = [RowIndex(number, 3, length) for number, length in enumerate([199, 60, 120], len(lengths))]
+    rows[rows.index(next(index for index in rows if index.request == 3)) + 1 :] += more
+    rows.sort(key=lambda index: (index.request, index.token))
+    lengths += [index.length for index in more]
+    layer = dataclasses.replace(layer, query=2 * torch.randn(len(lengths), *layer.query.shape[1:]))
     rows.insert(3, RowIndex(0, 0, 0))  # padding
-    other = Layer(**{**vars(layer), "query": torch.randn_like(layer.query)})
+    other = dataclasses.replace(layer, query=torch.randn_like(layer.query))
     config, counters, chosen = settings(budget, policy), Counters(), Chosen()
     arguments = rows, chosen, counters
     output = torch.full_like(layer.query, math.nan)
@@ -203,7 +217,7 @@ def test_decode_rows(policy):
     selecting = counts["layers"]["selection"]
     assert selecting["rows"] == (0 if policy in SELF_SELECTING else len(lengths))
     assert selecting["attended_tokens"] == selecting["context_tokens"]
-    assert (counts["dense_rows"]["within_budget"], counts["dense_rows"]["prefill"]) == (3, 1)
+    assert (counts["dense_rows"]["within_budget"], counts["dense_rows"]["prefill"]) == (4, 1)
     assert counts["recall"] == {3: {"rows": len(lengths) - 1, "mass": pytest.approx(mass, abs=1e-5)}}
 
 
@@ -232,9 +246,9 @@ def test_quantised_cache():
     torch.manual_seed(3)
     layer, rows = paged_layer([40])
     scales = torch.tensor([0.5, 3.0, 0.25]).unbind()
-    scaled = Layer(**{**vars(layer), "scales": scales}).row(rows[0])
-    plain = layer.row(rows[0])
-    assert torch.equal(scaled.query, plain.query * 0.5)
+    scaled = dataclasses.replace(layer, scales=scales).rows(rows)
+    plain = layer.rows(rows)
+    assert torch.equal(scaled.queries, plain.queries * 0.5)
     assert torch.equal(scaled.keys, plain.keys * 3.0)
     assert torch.equal(scaled.values, plain.values * 0.25)
 
@@ -262,9 +276,9 @@ def test_recall_by_delta_table():
 
 def test_recall_leaves_sinks_out():
     torch.manual_seed(5)
-    row = random_row(50, 4, 2, 8, 0.0, True)
-    assert kept_mass(row, torch.arange(50)[None]) == pytest.approx(1.0)
-    assert row.probabilities().sum() < 4
+    rows = random_rows([50, 30], 4, 2, 8, 0.0, True)
+    assert kept_mass(rows, rows.visible).tolist() == pytest.approx([1.0, 1.0])
+    assert rows.probabilities().sum() < 2 * 4
 
 
 def test_recall_is_sampled():
@@ -348,8 +362,8 @@ def test_policies_of_cuda_layers(policy, fp8):
         if not index.length:
             continue
         if number in (0, 4):
-            row = layer.row(index)
-            expected = row.attend(make_policy(config).choose(row))
+            rows = layer.rows([index])
+            expected = rows.attend(make_policy(config).choose(rows))[0]
         else:
             expected = expect(batch, number).full.float().to(DEVICE)
         torch.testing.assert_close(output[index.token].float(), expected, atol=0.01, rtol=0.01)
@@ -370,7 +384,7 @@ def test_recall_of_cuda_layers():
     expected = 1.0  # of the row that fits
     for number in (0, 4):
         index = _on_host(batch.rows)[number]
-        probabilities = layer.row(index).probabilities()
+        probabilities = layer.rows([index]).probabilities()[0]
         pages = torch.arange(index.length, device=DEVICE) // 16
         expected += probabilities[:, torch.isin(pages, batch.kept(number).to(DEVICE))].sum(-1).mean().item()
     assert impl.delta.counters.as_dict()["recall"] == {5: {"rows": 3, "mass": pytest.approx(expected)}}

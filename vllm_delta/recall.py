@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_delta import reference
-from vllm_delta.policies.row import Layer, Row, RowIndex
+from vllm_delta.policies.base import mask_of
+from vllm_delta.policies.rows import Layer, RowIndex, Rows, together
 
 
 @dataclass
@@ -35,11 +35,10 @@ class RecallSampler:
         self.active = sample_steps > 0 and self.steps % sample_steps == 0
 
 
-def kept_mass(row: Row, tokens: Tensor) -> float:
-    """The share of one row's attention that lies on these tokens, as in `Row` int64 ``[KV or 1, tokens]``."""
-    probabilities = row.by_kv_head(row.logits().softmax(-1))
-    kept = probabilities.gather(2, tokens[:, None].expand(*probabilities.shape[:2], -1))
-    return float(kept.sum(-1).mean())
+def kept_mass(rows: Rows, tokens: Tensor) -> Tensor:
+    """The share of each row's attention that lies on these tokens, a mask as in `Rows`: ``[R]``."""
+    probabilities = rows.by_kv_head(rows.logits.softmax(-1))
+    return (probabilities * tokens[:, :, None]).sum(-1).mean((1, 2))
 
 
 def table_mass(
@@ -58,14 +57,13 @@ def table_mass(
     Returns:
         The number of rows, and the sum of their masses.
     """
-    count, mass = 0, 0.0
-    for index, kept in zip(rows, pages, strict=False):
-        if index.length == 0 or index.dense:
-            continue
-        count += 1
-        if index.length <= budget_pages * page_size:
-            mass += 1.0
-        else:
-            tokens = reference.kept_tokens(kept[:budget_pages].long(), page_size, index.length)
-            mass += kept_mass(layer.row(index), tokens[None])
-    return count, mass
+    numbers = {index: number for number, index in enumerate(rows) if index.length and not index.dense}
+    beyond = [index for index in numbers if index.length > budget_pages * page_size]
+    mass = float(len(numbers) - len(beyond))
+    for part in together(beyond, layer.query.shape[1]):
+        these = layer.rows(part)
+        kept = pages[[numbers[index] for index in part], :budget_pages].long().to(these.keys.device)
+        num_pages = -(-these.keys.shape[0] // page_size)
+        tokens = mask_of(kept, num_pages).repeat_interleave(page_size, -1)[:, None, : these.keys.shape[0]]
+        mass += float(kept_mass(these, tokens & these.visible).sum())
+    return len(numbers), mass

@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_delta import reference
 from vllm_delta.plan import Plan, Role
-from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.rows import Layer, RowIndex
 
 #: rows whose distributions are computed at a time
 ROWS_AT_A_TIME = 64
@@ -218,7 +218,7 @@ class Calibration:
         for row in rows:
             if row.dense or row.length % text.observe_every:
                 continue
-            probabilities = layer.row(row).probabilities()
+            probabilities = layer.rows([row]).probabilities()[0]
             attention = probabilities.mean(0)
             pages = reference.page_scores(attention[None], config.page_size)
             chosen = seen.chosen.setdefault(row, {})

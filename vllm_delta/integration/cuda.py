@@ -40,7 +40,7 @@ from vllm_delta.integration.cuda_state import CudaState, set_up
 from vllm_delta.integration.validation import check_block_size, check_cuda_layer
 from vllm_delta.plan import Role
 from vllm_delta.policies import make_policy
-from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.rows import Layer, RowIndex
 from vllm_delta.policies.run import decode_rows
 from vllm_delta.recall import table_mass
 from vllm_delta.step import PrefillBatch, split_step

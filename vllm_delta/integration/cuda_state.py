@@ -21,7 +21,7 @@ from vllm_delta.counters import Counters
 from vllm_delta.gpu import ops
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.plan import Plan
-from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.rows import Layer, RowIndex
 from vllm_delta.policies.run import Chosen
 from vllm_delta.recall import RecallSampler
 

@@ -12,7 +12,7 @@ from vllm_delta.config import DeltaConfig
 from vllm_delta.counters import Counters
 from vllm_delta.ops import Rows, SelectionTable
 from vllm_delta.plan import Plan
-from vllm_delta.policies.row import Layer, RowIndex
+from vllm_delta.policies.rows import Layer, RowIndex
 from vllm_delta.policies.run import Chosen
 from vllm_delta.recall import RecallSampler
 

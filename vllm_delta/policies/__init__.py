@@ -5,7 +5,8 @@ prompts, sequences that fit the budget kept whole, budgets in tokens, counters. 
 is the choice of tokens.
 
 One file per method: `quest`, `lessismore`, `streaming`, `tidal`, `oracle`. They know tensors and the
-settings, not vLLM. `row` is one query token at one layer in plain PyTorch, `run` computes a step's rows.
+settings, not vLLM. `rows` are query tokens of one request at one layer in plain PyTorch, `run` computes those
+of a step.
 """
 
 from __future__ import annotations

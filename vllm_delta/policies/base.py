@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_delta.config import DeltaConfig
-from vllm_delta.policies.row import Row
+from vllm_delta.policies.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class Policy(ABC):
     config: DeltaConfig
 
     @abstractmethod
-    def choose(self, row: Row) -> Tensor:
-        """The tokens to attend to, for a row of more than `budget_tokens` tokens.
+    def choose(self, rows: Rows) -> Tensor:
+        """The tokens to attend to, for rows of more than `budget_tokens` tokens each.
 
         Returns:
-            int64 ``[KV, tokens]``, each KV head's own, or ``[1, tokens]``, one set for all; ascending.
+            bool ``[R, KV, n]``, each KV head's own, or ``[R, 1, n]``, one set for all; as many of every row
+            and head, but for a partial last page.
         """
 
     def tokens_read_to_choose(self, length: int) -> int:
@@ -37,29 +38,29 @@ def best(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
-def best_pages(scores: Tensor, budget_pages: int, recent_pages: int, sink_pages: int) -> Tensor:
-    """`vllm_delta.reference.select_pages` for several rows of scores, with more pages than the budget.
+def mask_of(indices: Tensor, size: int) -> Tensor:
+    """Indices in the last dimension, ``[..., count]``, to bool ``[..., size]``."""
+    mask = torch.zeros(*indices.shape[:-1], size, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, indices, True)
+
+
+def best_pages(rows: Rows, scores: Tensor, config: DeltaConfig, recent_pages: int) -> Tensor:
+    """The tokens of the pages that `vllm_delta.reference.select_pages` keeps by these scores.
 
     Args:
-        scores: ``[sets, pages]``; sets of one row, over the same pages.
-        budget_pages: pages to keep.
-        recent_pages: pages kept at the end.
-        sink_pages: pages kept at the start.
+        rows: with more pages than the budget.
+        scores: ``[R, sets, pages]``, of all pages of the n tokens; those that a row does not see count for
+            nothing.
+        config: page size, budget, and sink tokens.
+        recent_pages: pages kept at each row's end.
 
     Returns:
-        int64 ``[sets, budget_pages]``, ascending.
+        bool ``[R, sets, n]``.
     """
-    scores = scores.clone()
-    scores[:, :sink_pages] = torch.inf
-    scores[:, scores.shape[1] - recent_pages :] = torch.inf
-    return best(scores, budget_pages).sort(-1).values
-
-
-def page_tokens(pages: Tensor, page_size: int, length: int) -> Tensor:
-    """Tokens of pages, int64 ``[sets, pages]`` to ``[sets, tokens]``.
-
-    The last page may be partial; all sets have it, or none.
-    """
-    offsets = torch.arange(page_size, device=pages.device)
-    tokens = (pages[..., None] * page_size + offsets).flatten(-2)
-    return tokens[:, : int((tokens[0] < length).sum())]
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    num_pages = (-(-rows.lengths // config.page_size))[:, None, None]
+    fixed = (page < config.sink_pages) | (page >= num_pages - recent_pages)
+    scores = scores.masked_fill(fixed, torch.inf).masked_fill(page >= num_pages, -torch.inf)
+    pages = mask_of(best(scores, config.budget_pages), scores.shape[-1])
+    tokens = pages.repeat_interleave(config.page_size, -1)[..., : rows.keys.shape[0]]
+    return tokens & rows.visible

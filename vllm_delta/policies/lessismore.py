@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_delta.policies.base import Policy, best
-from vllm_delta.policies.row import Row
+from vllm_delta.policies.base import Policy, best, mask_of
+from vllm_delta.policies.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,19 @@ class LessIsMore(Policy):
     #: the paper's r
     recent_share: float = 0.25
 
-    def choose(self, row: Row) -> Tensor:
+    def choose(self, rows: Rows) -> Tensor:
         """One set of tokens for all heads."""
-        budget = self.config.budget_tokens
+        budget, position = self.config.budget_tokens, rows.positions
         chosen = int(budget * (1 - self.recent_share))
         reserved = budget - chosen
         sinks = self.config.sink_tokens if self.config.sink_tokens <= reserved else 0
-        recent = row.length - (reserved - sinks)
-        ranked = best(row.logits()[:, sinks:recent], chosen) + sinks  # [H, k]
+        recent = rows.lengths[:, None, None] - (reserved - sinks)
+        is_reserved = ((position < sinks) | (position >= recent)) & rows.visible
+        ranked = best(rows.logits.masked_fill(is_reserved, -torch.inf), chosen)  # [R, H, k]
         # A token's key orders by rank, then by head; keys differ, unless a token is nobody's choice.
-        num_heads = ranked.shape[0]
-        keys = torch.arange(ranked.numel(), device=ranked.device).view(-1, num_heads).mT
-        first = torch.full((row.length,), ranked.numel(), device=ranked.device)
-        first.scatter_reduce_(0, ranked.flatten(), keys.flatten(), "amin")
-        first[:sinks] = first[recent:] = -1
-        return first.argsort(stable=True)[:budget].sort().values[None]
+        num_heads = ranked.shape[1]
+        keys = torch.arange(num_heads * chosen, device=ranked.device).view(chosen, num_heads).mT
+        first = torch.full((len(rows), position.shape[0]), keys.numel(), device=ranked.device)
+        first.scatter_reduce_(1, ranked.flatten(1), keys.flatten().expand(len(rows), -1), "amin")
+        first = first.masked_fill(is_reserved[:, 0], -1)
+        return mask_of(first.argsort(stable=True)[:, None, :budget], position.shape[0])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vllm_delta import reference
-from vllm_delta.policies.base import Policy, best_pages, page_tokens
-from vllm_delta.policies.row import Row
+from vllm_delta.policies.base import Policy, best_pages
+from vllm_delta.policies.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Oracle(Policy):
     them, not those that it reads to know them.
     """
 
-    def choose(self, row: Row) -> Tensor:
+    def choose(self, rows: Rows) -> Tensor:
         """One set of pages for all heads."""
-        config = self.config
-        scores = reference.page_scores(row.probabilities(), config.page_size)
-        pages = best_pages(scores[None], config.budget_pages, config.recent_pages, config.sink_pages)
-        return page_tokens(pages, config.page_size, row.length)
+        token_scores = rows.probabilities().amax(1, keepdim=True)
+        padding = -token_scores.shape[-1] % self.config.page_size
+        pages = pad(token_scores, (0, padding)).reshape(len(rows), 1, -1, self.config.page_size)
+        return best_pages(rows, pages.sum(-1), self.config, self.config.recent_pages)

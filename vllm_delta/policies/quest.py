@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_delta.policies.base import Policy, best_pages, page_tokens
-from vllm_delta.policies.row import Row
+from vllm_delta.policies.base import Policy, best_pages
+from vllm_delta.policies.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,24 @@ class Quest(Policy):
       paper's setting is 0 for both.
     """
 
-    def choose(self, row: Row) -> Tensor:
+    def choose(self, rows: Rows) -> Tensor:
         """A set of pages for each KV head."""
-        config = self.config
-        pages = best_pages(
-            self.bounds(row), config.budget_pages, max(config.recent_pages, 1), config.sink_pages
-        )
-        return page_tokens(pages, config.page_size, row.length)
+        return best_pages(rows, self.bounds(rows), self.config, max(self.config.recent_pages, 1))
 
-    def bounds(self, row: Row) -> Tensor:
-        """The bound of each page, the maximum over a KV head's query heads, ``[KV, pages]``."""
-        keys, page_size = row.keys, self.config.page_size
+    def bounds(self, rows: Rows) -> Tensor:
+        """The bound of each page, the maximum over a KV head's query heads, ``[R, KV, pages]``.
+
+        Of a row's last page, which is kept whatever its bound, later rows' keys may be in it.
+        """
+        keys, page_size = rows.keys, self.config.page_size
         # The last page, where it is partial, is filled up with its last key, which changes nothing.
-        keys = torch.cat([keys, keys[-1:].expand(-row.length % page_size, -1, -1)])
-        pages = keys.view(-1, page_size, *keys.shape[1:]).transpose(0, 2)  # [KV, page_size, pages, D]
+        keys = torch.cat([keys, keys[-1:].expand(-keys.shape[0] % page_size, -1, -1)])
+        pages = keys.reshape(-1, page_size, *keys.shape[1:]).transpose(0, 2)  # [KV, page_size, pages, D]
         minima, maxima = pages.amin(1), pages.amax(1)
-        query = row.by_kv_head(row.query)
+        queries = rows.by_kv_head(rows.queries)
         # max(q m, q M) is q M where q is positive, else q m.
-        bounds = query.clamp(min=0) @ maxima.mT + query.clamp(max=0) @ minima.mT
-        return bounds.amax(1)
+        bounds = queries.clamp(min=0) @ maxima.mT + queries.clamp(max=0) @ minima.mT
+        return bounds.amax(2)
 
     def tokens_read_to_choose(self, length: int) -> int:
         """A page's minima and maxima are as much as one token's key and value."""

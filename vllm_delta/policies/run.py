@@ -1,4 +1,4 @@
-"""A layer's decode rows under a policy, one after another; the same code on CPUs and GPUs."""
+"""A layer's decode rows under a policy; the same code on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 from vllm_delta.counters import Counters
 from vllm_delta.plan import SELF_SELECTING, Role
 from vllm_delta.policies.base import Policy
-from vllm_delta.policies.row import Layer, Row, RowIndex
+from vllm_delta.policies.rows import Layer, RowIndex, Rows, together
 from vllm_delta.recall import kept_mass
 
 
 @dataclass
 class Chosen:
-    """What the nearest earlier selection layer of a step chose, by row; None: everything."""
+    """What the nearest earlier selection layer of a step chose."""
 
-    tokens: list[Tensor | None] = field(default_factory=list)
+    #: masks of the rows that are computed together
+    tokens: list[Tensor] = field(default_factory=list)
     #: the rows that it chose for
     rows: Sequence[RowIndex] = ()
 
@@ -49,35 +50,49 @@ def decode_rows(
     Raises:
         RuntimeError: no selection layer has chosen for these rows.
     """
-    config = policy.config
     rows = [index for index in rows if index.length]
-    selects, self_selecting = role is Role.SELECTION, config.policy in SELF_SELECTING
+    selects, self_selecting = role is Role.SELECTION, policy.config.policy in SELF_SELECTING
     if selects:
         chosen.tokens, chosen.rows = [], rows
     elif not self_selecting and chosen.rows != rows:
         raise RuntimeError("a sparse layer ran before any selection layer of the same step")
     attended = 0
-    for number, index in enumerate(rows):
-        row, tokens = layer.row(index), None
-        if not index.dense and index.length > config.budget_tokens:
-            tokens = policy.choose(row) if selects or self_selecting else chosen.tokens[number]
+    for number, part in enumerate(together(rows, layer.query.shape[1])):
+        these = layer.rows(part)
+        tokens = _choose(policy, these, part) if selects or self_selecting else chosen.tokens[number]
         if selects:
             chosen.tokens.append(tokens)
-            tokens = None
-        output[index.token] = row.attend(tokens).to(output.dtype)
-        if tokens is not None:
-            attended += tokens.shape[1] + policy.tokens_read_to_choose(index.length)
-        else:
-            attended += index.length
+            tokens = these.visible
+        output[[index.token for index in part]] = these.attend(tokens).to(output.dtype)
+        attended += int(tokens[:, 0].sum())
         if not selects:
-            _count_sparse_row(counters, recall_layer, index, row, tokens)
+            dense = [_is_dense(policy, index) for index in part]
+            attended += sum(
+                policy.tokens_read_to_choose(index.length)
+                for index, is_dense in zip(part, dense, strict=True)
+                if not is_dense
+            )
+            counters.add_dense_rows("prefill", sum(index.dense for index in part))
+            counters.add_dense_rows("within_budget", sum(dense) - sum(index.dense for index in part))
+            if recall_layer is not None:
+                mass = kept_mass(these, tokens)
+                measured = [float(m) for m, index in zip(mass, part, strict=True) if not index.dense]
+                counters.add_recall(recall_layer, len(measured), sum(measured))
     counters.add_rows(role, len(rows), attended, sum(index.length for index in rows))
 
 
-def _count_sparse_row(
-    counters: Counters, recall_layer: int | None, index: RowIndex, row: Row, tokens: Tensor | None
-) -> None:
-    if tokens is None:
-        counters.add_dense_rows("prefill" if index.dense else "within_budget", 1)
-    if recall_layer is not None and not index.dense:
-        counters.add_recall(recall_layer, 1, 1.0 if tokens is None else kept_mass(row, tokens))
+def _is_dense(policy: Policy, index: RowIndex) -> bool:
+    return index.dense or index.length <= policy.config.budget_tokens
+
+
+def _choose(policy: Policy, rows: Rows, indices: Sequence[RowIndex]) -> Tensor:
+    """The policy's tokens of rows that exceed the budget, everything of the others."""
+    sparse = rows.lengths.new_tensor([not _is_dense(policy, index) for index in indices]).bool()
+    if bool(sparse.all()):
+        return policy.choose(rows)
+    if not bool(sparse.any()):
+        return rows.visible
+    tokens = policy.choose(rows.take(sparse))
+    whole = rows.visible.expand(-1, tokens.shape[1], -1).clone()
+    whole[sparse] = tokens
+    return whole

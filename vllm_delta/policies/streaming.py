@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vllm_delta.policies.base import Policy
-from vllm_delta.policies.row import Row
+from vllm_delta.policies.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,8 @@ class Streaming(Policy):
     the window, too; here prompts and the full layers are dense, as in every policy.
     """
 
-    def choose(self, row: Row) -> Tensor:
-        """One set for all heads, the same whatever the row holds."""
-        sinks, budget = self.config.sink_tokens, self.config.budget_tokens
-        tokens = torch.arange(budget, device=row.keys.device)
-        tokens[sinks:] += row.length - budget
-        return tokens[None]
+    def choose(self, rows: Rows) -> Tensor:
+        """One set for all heads, the same whatever a row holds."""
+        sinks, position = self.config.sink_tokens, rows.positions
+        last = rows.lengths[:, None, None] - (self.config.budget_tokens - sinks)
+        return ((position < sinks) | (position >= last)) & rows.visible

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_delta.policies.base import Policy, best
-from vllm_delta.policies.row import Row
+from vllm_delta.policies.base import Policy, best, mask_of
+from vllm_delta.policies.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Tidal(Policy):
     without, is left out.
     """
 
-    def choose(self, row: Row) -> Tensor:
+    def choose(self, rows: Rows) -> Tensor:
         """A set of tokens for each KV head."""
-        scores = row.by_kv_head(row.log_probabilities()).amax(1)
-        return best(scores, self.config.budget_tokens).sort(-1).values
+        scores = rows.by_kv_head(rows.log_probabilities()).amax(2)
+        return mask_of(best(scores, self.config.budget_tokens), scores.shape[-1])
