@@ -6,9 +6,10 @@
     python benchmarks/accuracy.py lm-eval --help         # real checkpoints, by lm-evaluation-harness
 
 Every setting answers the same problems of `tools/reasoner`, greedily, through the OpenAI completions API of a
-server of its own. An answer is a chain of steps, each of which needs something from far back; it is exact if
-all of it is right. Settings come from a file, from options that multiply out, or both; DELTA's keys go to the
-server as they are. Options that are not known here go to `vllm serve`, of all settings.
+server of its own; with `--forced`, one engine judges right answers under all settings (`accuracy_forced.py`).
+An answer is a chain of steps, each of which needs something from far back; it is exact if all of it is right.
+Settings come from a file, from options that multiply out, or both; DELTA's keys go to the server as they are.
+Options that are not known here go to `vllm serve`, of all settings.
 
 Each answer's outcome is written to a JSONL file as soon as it is there, and is not asked for again by a later
 run of the same setting, model and problem. A CSV row per setting, family and length is written when its last
@@ -22,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -42,6 +43,7 @@ from accuracy_settings import (
     activity,
     add_arguments,
     complete_arguments,
+    parse_object,
     raise_errors,
     run_jobs,
     server_jobs,
@@ -85,8 +87,8 @@ class Sweep:
 
     def answerer(self, setting: Setting) -> Json:
         """What tells this setting's outcomes from others in the file."""
-        own = {"weights": self.weights, "dtype": self.args.dtype, "options": self.args.server}
-        return setting.columns | own
+        options = [*self.args.server, *["--forced"][: self.args.forced]]
+        return setting.columns | {"weights": self.weights, "dtype": self.args.dtype, "options": options}
 
     def found(self, setting: Setting, family: str, length: int) -> list[Json]:
         """The outcomes that are there, in the order of problems."""
@@ -135,8 +137,24 @@ class Sweep:
                 progress.update()
                 progress.set_postfix_str(f"{setting.name}, {outcome['family']}")
 
-            errors += run_jobs(self.args, ask_all, [jobs[number] for number in numbers], take)
+            waiting = [jobs[number] for number in numbers]
+            if self.args.forced:
+                errors += self._run_forced(waiting, take)
+            else:
+                errors += run_jobs(self.args, ask_all, waiting, take)
         raise_errors(errors)
+
+    def _run_forced(self, jobs: list[Json], take: Callable[[int, Json], None]) -> list[str]:
+        import accuracy_forced  # imports vLLM
+
+        arguments = {"dtype": self.args.dtype} | self.args.engine
+        needs = accuracy_forced.engine_options(jobs, max(self.args.lengths), arguments)
+        try:
+            return run_jobs(
+                self.args, accuracy_forced.force_all, [job | {"engine": needs} for job in jobs], take
+            )
+        finally:
+            accuracy_forced.close()
 
     def _write_row(self, number: int, family: str, length: int) -> None:
         """The row of a group, if all its outcomes are there; in the CSV if it is not there already.
@@ -156,6 +174,7 @@ class Sweep:
         where = {name: "/".join(dict.fromkeys(o[name] for o in outcomes)) for name in PROVENANCE}
         row = Accuracy(
             weights=self.weights,
+            way="forced" if self.args.forced else "asked",
             family=family,
             length=length,
             seed=self.args.seed,
@@ -243,6 +262,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", default="4096", help="tokens of a problem with its answer (4096)")
     parser.add_argument("--problems", type=int, default=50, help="of each family and length (50)")
     parser.add_argument("--outcomes", type=Path, metavar="JSONL", help="default: the CSV's name with .jsonl")
+    parser.add_argument("--forced", action="store_true", help="judge right answers, in one engine")
+    parser.add_argument(
+        "--engine", metavar="JSON", type=parse_object, default={}, help="arguments of vllm.LLM, if forced"
+    )
     args, server = parser.parse_known_args(argv)
     args.server = server
     complete_arguments(parser, args, Accuracy, "accuracy")
@@ -250,6 +273,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.families = args.families.split(",")
     if args.problems < 1:
         parser.error("needs at least one problem")
+    if args.forced and (args.url or args.parallel > 1 or server):
+        parser.error("--forced runs one engine here: without --url, --parallel and options of a server")
     try:
         args.lengths = [int(text) for text in args.lengths.split(",")]
         for family, length in product(args.families, args.lengths):

@@ -187,6 +187,7 @@ class Accuracy(AnswerRun):
     Commit, machine and versions are those of the answers, joined by "/" if some are from another run.
     """
 
+    way: str  # "asked": a server wrote the answer; "forced": the right one was judged
     weights: str  # start of the SHA-256 of the model's files; of a server elsewhere, the model's name
     family: str
     length: int  # tokens of a problem with its answer, at most

@@ -8,9 +8,10 @@ import threading
 from argparse import Namespace
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, in_fresh_process
 from test_reasoner import solve
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -426,6 +427,77 @@ def test_lm_eval_scores_right_answers(tmp_path, tasks, monkeypatch, ways) -> Non
     assert list((tmp_path / "keep").rglob("samples_*.jsonl"))
 
 
+class FakeEngine:
+    """Guesses right, but for the third step where the budget is small; counts as DELTA would."""
+
+    eligible: ClassVar = [0, 1, 2]
+
+    def __init__(self):
+        self.used = []
+        self.rows = 0
+
+    def use(self, settings):
+        self.used.append(settings)
+
+    def guesses(self, tokens, first_row):
+        self.rows += len(tokens) - first_row
+        guesses = [*tokens[first_row:], vocabulary.token_ids()[vocabulary.EOS]]
+        if self.used[-1]["budget_tokens"] < 200:
+            family = vocabulary.words()[tokens[1]]
+            guesses[2 * {"chase": 3, "trace": 6, "needles": 4}[family] + 1] = 0
+        return guesses
+
+    def counters(self):
+        layer = {"rows": self.rows, "attended_tokens": self.rows, "context_tokens": 2 * self.rows}
+        return {
+            "layers": {"sparse": layer},
+            **{name: layer[name] for name in ("attended_tokens", "context_tokens")},
+        }
+
+
+def test_right_answers_are_judged(tmp_path, monkeypatch) -> None:
+    import accuracy_forced
+
+    engine = FakeEngine()
+    monkeypatch.setattr(accuracy_forced, "_engine", lambda job: engine)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 2048}')
+    options = ["--model", str(model), "--forced", "--lengths", "400", "--problems", "3"]
+    options += ["--families", FAMILIES, "--backends", "CPU_ATTN,DELTA", "--budgets", "160,256"]
+    assert run(tmp_path, *options) == 0
+    rows = read_csv(tmp_path / "rows.csv", Accuracy)
+    assert [(row.setting, row.exact) for row in rows if row.family == "trace"] == [
+        ("CPU_ATTN", 3),
+        ("DELTA budget=160", 0),
+        ("DELTA budget=256", 3),
+    ]
+    for row in rows:
+        assert row.way == "forced"
+        assert row.first_wrong_step == (None if row.exact else 3.0)
+        assert row.attended_share == (None if row.backend == "CPU_ATTN" else 0.5)
+    assert engine.used[0]["full_layers"] == 3 and engine.used[0]["selection_layers"] == []
+    assert {**engine.used[1], "budget_tokens": 256} == engine.used[2]
+    assert engine.used[1]["recent_tokens"] == 128, "the default, whatever the engine was started with"
+    asked = engine.rows
+    assert run(tmp_path, *options) == 0
+    assert engine.rows == asked, "a second run finds the outcomes"
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert all("--forced" in json.loads(line)["options"] for line in lines)
+    with pytest.raises(SystemExit):
+        run(tmp_path, *options, "--parallel", "2")
+
+
+def test_what_an_engine_needs_for_all_settings() -> None:
+    from accuracy_forced import engine_options
+
+    deltas = [{}, {"budget_tokens": 4096}, {"page_size": 64, "sink_tokens": 64}, {"page_size": 128}]
+    jobs = [{"setting": {"delta": delta}} for delta in deltas]
+    needs = engine_options(jobs, 1000, {"dtype": "float32"})
+    options = {"dtype": "float32", "block_size": 64}
+    assert needs == {"page_size": 16, "budget": 4096, "length": 1000, "options": options}
+
+
 @pytest.mark.slow
 def test_a_real_server(tmp_path, capsys) -> None:
     """What the script starts, asks and counts; the tiny model has never learned to answer."""
@@ -456,3 +528,12 @@ def test_a_real_server(tmp_path, capsys) -> None:
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     contexts = [line["prompt_tokens"] + i for line in lines for i in range(1, line["generated_tokens"])]
     assert 1 <= row.context_tokens / (3 * sum(contexts)) < 1.03
+    # Judged in one engine, right answers are as wrong, and as long.
+    options = ["--model", str(tmp_path / "model"), "--forced", "--families", "chase", "--lengths", "500"]
+    delta = json.dumps(settings[0]["delta"])
+    options += ["--problems", "3", "--backends", "DELTA", "--delta", delta]
+    options += ["--engine", '{"gpu_memory_utilization": 0.3}']
+    assert in_fresh_process(run, tmp_path, *options) == 0
+    forced = read_csv(tmp_path / "rows.csv", Accuracy)[-1]
+    assert (forced.way, forced.problems, forced.exact, forced.first_wrong_step) == ("forced", 3, 0, 1.0)
+    assert 0 < forced.sparse_attended_tokens < forced.sparse_context_tokens

@@ -195,7 +195,10 @@ def measure(model):
         answers = engine.answer(random_prompts(2), 40, 25)
         observed = engine.record(answers, 8, lambda: None)
         losses = {
-            (plan, budget, key): engine.loss(plan, budget, [key])
+            (plan, budget, key): (
+                engine.loss(plan, budget, [key]),
+                engine.guesses(answers[key].tokens, answers[key].first_row),
+            )
             for plan in PLANS
             for budget in (BUDGET, 2 * BUDGET)
             for key in range(len(answers))
@@ -214,7 +217,7 @@ def test_losses_equal_dense_masks(tiny_model, measured):
     """The divergence of every plan, rows computed all at once, is that of masks over dense attention."""
     answers, _, losses = measured
     assert [answer.num_rows for answer in answers] == [25, 25]
-    for (plan, budget, key), loss in losses.items():
+    for (plan, budget, key), (loss, guesses) in losses.items():
         answer = answers[key]
         full_layers, selection = split_passes(plan, range(8))
         dense, sparse = (
@@ -225,15 +228,17 @@ def test_losses_equal_dense_masks(tiny_model, measured):
                 layers,
                 full_layers=full,
                 budget=(16, budget // 16, 2, 1),
-            )[1:]
+            )
             for layers, full in (((), 8), (selection, full_layers))
         )
+        assert guesses == sparse.argmax(-1).tolist()
+        dense, sparse = dense[1:], sparse[1:]
         expected = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
         assert loss.divergence == pytest.approx(expected, rel=0.02, abs=1e-5)
         agreement = (dense.argmax(-1) == sparse.argmax(-1)).double().mean().item()
         assert loss.agreement == pytest.approx(agreement, abs=0.041)
-    assert all(losses[PLANS[0], BUDGET, key].divergence < 1e-5 for key in range(2))
-    assert all(losses[PLANS[2], BUDGET, key].divergence > 1e-3 for key in range(2))
+    assert all(losses[PLANS[0], BUDGET, key][0].divergence < 1e-5 for key in range(2))
+    assert all(losses[PLANS[2], BUDGET, key][0].divergence > 1e-3 for key in range(2))
 
 
 def test_mass_is_a_share(measured):

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_delta.calibration.search import Passes, split_passes
 from vllm_delta.config import DeltaConfig
+from vllm_delta.counters import total
 
 Json = dict[str, Any]
 
@@ -90,6 +91,7 @@ class Engine:
         self.config = config
         self.eligible: list[int] = self._ask("layers")[0]
         self._scored: dict[int, Answer] = {}
+        self._likeliest: dict[int, list[int]] = {}
 
     def answer(self, prompts: Sequence[Json], output_tokens: int, scored_tokens: int) -> list[Answer]:
         """Full attention's answers to prompts as vLLM takes them, sampled as the model's settings say."""
@@ -111,11 +113,13 @@ class Engine:
         Every layer selects meanwhile, which computes full attention. About `observed_rows` rows of each
         answer are observed. `tick` is called after each.
         """
-        self._ask("use", [], self.eligible, self.config.budget_tokens)
+        settings = {"full_layers": 0, "selection_layers": self.eligible}
+        self.use(settings | {"budget_tokens": self.config.budget_tokens})
         for key, answer in enumerate(answers):
             self._scored[key] = answer
             every = max(1, answer.num_rows // observed_rows)
-            self._run(key, record=True, observe_every=every)
+            _, likeliest = self._run(answer.tokens, answer.first_row, keep=key, observe_every=every)
+            self._likeliest[key] = likeliest
             tick()
         seen = self._ask("observations")[0]
         return Observed(
@@ -129,26 +133,47 @@ class Engine:
         divergences: list[float] = []
         agreements: list[bool] = []
         for key in keys:
-            found = self._run(key, record=False)
-            divergences += found[0]
-            agreements += found[1]
+            answer = self._scored[key]
+            found, likeliest = self._run(answer.tokens, answer.first_row, against=key)
+            if len(found) != answer.num_rows:
+                raise CalibrationError(f"{len(found)} tokens were scored, not {answer.num_rows}")
+            divergences += found
+            agreements += [
+                one == other for one, other in zip(likeliest[1:], self._likeliest[key][1:], strict=True)
+            ]
         return Loss(fmean(divergences), fmean(agreements))
+
+    def guesses(self, tokens: Sequence[int], first_row: int) -> list[int]:
+        """The likeliest token at each place of a text from `first_row` on, and behind it, given all before.
+
+        The tokens from `first_row` on are decode rows. Greedy decoding from there would write the text, and
+        end it so, if and only if these are its tokens.
+        """
+        _, likeliest = self._run(tokens, first_row)
+        if len(likeliest) != len(tokens) - first_row + 1:
+            raise CalibrationError(f"{len(likeliest)} tokens were guessed, not {len(tokens) - first_row + 1}")
+        return likeliest
+
+    def use(self, settings: Json) -> None:
+        """Change DELTA's settings; see `vllm_delta.integration.calibration.Calibration.use`."""
+        self._ask("use", settings)
+
+    def counters(self) -> Json:
+        """DELTA's counters, summed over workers."""
+        return total(self.llm.collective_rpc("delta_counters"))
 
     def _use(self, passes: Passes, budget_tokens: int) -> None:
         full_layers, selection_layers = split_passes(passes, self.eligible)
-        self._ask("use", self.eligible[:full_layers], list(selection_layers), budget_tokens)
+        settings = {"full_layers": full_layers, "selection_layers": list(selection_layers)}
+        self.use(settings | {"budget_tokens": budget_tokens})
 
-    def _run(self, key: int, **how: Any) -> tuple[list[float], list[bool]]:
+    def _run(self, tokens: Sequence[int], first_row: int, **how: Any) -> tuple[list[float], list[int]]:
         from vllm import SamplingParams
 
-        answer = self._scored[key]
-        self._ask("begin", key, answer.first_row, len(answer.tokens), **how)
+        self._ask("begin", first_row, len(tokens), **how)
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
-        self.llm.generate([{"prompt_token_ids": answer.tokens}], sampling, use_tqdm=False)
-        found: tuple[list[float], list[bool]] = next((f for f in self._ask("end", key) if f[0]), ([], []))
-        if not how["record"] and len(found[0]) != answer.num_rows:
-            raise CalibrationError(f"{len(found[0])} tokens were scored, not {answer.num_rows}")
-        return found
+        self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
+        return next((found for found in self._ask("end") if found[1]), ([], []))
 
     def _ask(self, action: str, *args: Any, **kwargs: Any) -> list[Any]:
         results: list[Any] = self.llm.collective_rpc("delta_calibration", args=(action, *args), kwargs=kwargs)

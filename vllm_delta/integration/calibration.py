@@ -15,7 +15,7 @@ heads) of neighbouring layers i and j.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_delta import reference
-from vllm_delta.plan import Plan, Role
+from vllm_delta.config import DeltaConfig
+from vllm_delta.plan import make_plan
 from vllm_delta.policies.rows import Layer, RowIndex
 
 #: rows whose distributions are computed at a time
@@ -78,14 +79,16 @@ class Text:
     first_row: int
     #: tokens
     length: int
-    #: full attention's of each row; None while they are recorded, and on ranks that do not see them
+    #: full attention's of each row, to compare with
     expected: Distributions | None
+    #: what is kept, to be compared with later; None: nothing
+    kept: list[Distributions] | None
     #: observe every so many rows; 0 for none
-    observe_every: int = 0
-    recorded: list[Distributions] = field(default_factory=list)
-    #: of each row: the divergence, and whether the likeliest token is the same
+    observe_every: int
+    #: of each row, from full attention's
     divergences: list[float] = field(default_factory=list)
-    agreements: list[bool] = field(default_factory=list)
+    #: the likeliest next token, after the last token before the rows and after each row
+    likeliest: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -108,13 +111,16 @@ class Calibration:
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, state: Any) -> None:
         self._state = state
+        self._start: DeltaConfig = state.config
         self._compute_logits: Any = model.compute_logits
         self._impls = {
             extract_layer_index(name): layer.impl
             for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
             if getattr(layer.impl, "role", None) is not None
         }
-        self._expected: dict[int, Distributions] = {}
+        self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self._kept: dict[int, Distributions] = {}
+        self._keep: int | None = None
         self._text: Text | None = None
         self._seen = Observations()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -137,33 +143,58 @@ class Calibration:
         """Indices of the layers that a plan may make sparse, ascending."""
         return sorted(self._impls)
 
-    def use(self, full_layers: Sequence[int], selection_layers: Sequence[int], budget_tokens: int) -> None:
-        """Change the plan: all other layers are sparse. The budget is at most that of the start."""
+    def use(self, settings: Mapping[str, Any]) -> None:
+        """Change the settings to those of the start, but for these.
+
+        The budget is at most, the page size at least that of the start, and divides the KV block size.
+
+        Raises:
+            DeltaConfigError: as at a start.
+        """
         state = self._state
-        roles = {layer: Role.SPARSE for layer in self.layers()}
-        roles |= dict.fromkeys(full_layers, Role.FULL) | dict.fromkeys(selection_layers, Role.SELECTION)
-        for layer, role in roles.items():
+        known = dataclasses.asdict(self._start) | dict(settings)
+        config = DeltaConfig.from_additional_config({"delta": known})
+        plan = make_plan(config, self.layers(), self._num_layers)
+        for layer, role in plan.roles.items():
             self._impls[layer].role = role
-        state.plan = Plan(roles, "calibration")
-        state.config = dataclasses.replace(state.config, budget_tokens=budget_tokens)
+        state.config, state.plan = config, plan
         if hasattr(state, "selection"):  # the GPU's kernels have their own form of the settings
-            state.selection = dataclasses.replace(state.selection, budget_tokens=budget_tokens)
+            names = [part.name for part in dataclasses.fields(state.selection)]
+            state.selection = type(state.selection)(**{name: getattr(config, name) for name in names})
 
-    def begin(self, key: int, first_row: int, length: int, *, record: bool, observe_every: int = 0) -> None:
-        """The next request's text: `record` its distributions as those of `key`, or compare with them."""
-        expected = None if record else self._expected.get(key)
-        self._text = Text(first_row, length, expected, observe_every)
+    def begin(
+        self,
+        first_row: int,
+        length: int,
+        keep: int | None = None,
+        against: int | None = None,
+        observe_every: int = 0,
+    ) -> None:
+        """Tell of the next request's text.
 
-    def end(self, key: int) -> tuple[list[float], list[bool]]:
-        """Each row's divergence, and whether its likeliest token is full attention's; empty where recorded.
+        Args:
+            first_row: position of the first decode row, 1 or more.
+            length: tokens.
+            keep: number under which its distributions are kept.
+            against: number of distributions that were kept, to compare these with.
+            observe_every: observe every so many rows; 0 for none.
+        """
+        expected = None if against is None else self._kept.get(against)
+        kept: list[Distributions] | None = None if keep is None else []
+        self._text = Text(first_row, length, expected, kept, observe_every)
+        self._keep = keep
 
-        Also empty on tensor parallel ranks that do not see the distributions.
+    def end(self) -> tuple[list[float], list[int]]:
+        """The rows' divergences (none unless compared), and the likeliest tokens before and after each.
+
+        Both are empty on tensor parallel ranks that do not see distributions.
         """
         text, self._text = self._text, None
         assert text is not None
-        if text.recorded:
-            self._expected[key] = Distributions.join(text.recorded)
-        return text.divergences, text.agreements
+        if text.kept:
+            assert self._keep is not None
+            self._kept[self._keep] = Distributions.join(text.kept)
+        return text.divergences, text.likeliest
 
     def observations(self) -> dict[str, list[list[float]]]:
         """``"mass"`` as ``[i, j, m]``, ``"distance"`` as ``[j, d]``: means over the observed rows."""
@@ -190,24 +221,26 @@ class Calibration:
         positions = positions[0] if positions.dim() == 2 else positions  # three equal ones, for texts
         first = int(positions[0])
         count = min(len(positions), text.length - first)
-        begin = max(0, text.first_row - first)
-        for start in range(begin, count, ROWS_AT_A_TIME):
-            rows = slice(start, min(start + ROWS_AT_A_TIME, count))
-            logits: Tensor | None = self._compute_logits(hidden[rows])
+        for start in range(max(0, text.first_row - 1 - first), count, ROWS_AT_A_TIME):
+            part = slice(start, min(start + ROWS_AT_A_TIME, count))
+            logits: Tensor | None = self._compute_logits(hidden[part])
             if logits is not None:  # on one of several tensor parallel ranks
-                done = first + start - text.first_row
-                self._compare(text, logits.float().log_softmax(-1), done)
+                text.likeliest += logits.argmax(-1).tolist()
+                if text.expected is not None or text.kept is not None:
+                    self._compare(text, logits.float().log_softmax(-1), first + start - text.first_row)
         self._seen.chosen.clear()
         self._seen.previous.clear()
 
-    def _compare(self, text: Text, found: Tensor, done: int) -> None:
-        """Rows from `done` on, their log-probabilities ``[rows, vocabulary]``."""
-        if text.expected is None:
-            text.recorded.append(Distributions.keep(found))
-            return
-        expected = text.expected.slice(done, done + len(found))
-        text.divergences += expected.divergence(found).tolist()
-        text.agreements += (expected.tokens[:, 0] == found.argmax(-1)).tolist()
+    @staticmethod
+    def _compare(text: Text, found: Tensor, done: int) -> None:
+        """Rows from `done` on, their log-probabilities ``[rows, vocabulary]``; row -1 is not one."""
+        if done < 0:
+            found, done = found[1:], 0
+        if text.kept is not None:
+            text.kept.append(Distributions.keep(found))
+        if text.expected is not None:
+            expected = text.expected.slice(done, done + len(found))
+            text.divergences += expected.divergence(found).tolist()
 
     def _observe(self, index: int, layer: Layer, rows: Sequence[RowIndex]) -> None:
         """What a layer that attends to everything attends to; called at every such layer, in their order."""

@@ -159,10 +159,10 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         self.delta = set_up(vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         impls = [layer.impl for layer in layers if isinstance(layer.impl, DeltaCUDAImpl)]
-        self._roles = [impl.role for impl in impls if impl.role is not None]
+        self._eligible = [impl for impl in impls if impl.role is not None]
         self._sliding = sum(impl.role is None and impl.sliding_window != (-1, -1) for impl in impls)
-        self._not_eligible = len(impls) - len(self._roles) - self._sliding
-        if self._roles:
+        self._not_eligible = len(impls) - len(self._eligible) - self._sliding
+        if self._eligible:
             check_block_size(self.delta.config, self.block_size)
             self.delta.step_layer = self.delta.step_layer or layer_names[0]
         self._counts_steps = self.delta.step_layer == layer_names[0]
@@ -179,7 +179,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         metadata = DeltaCUDAMetadata(**vars(whole), group=self)
         state.counters.add_dense_rows("sliding_window", self._sliding * common.num_actual_tokens)
         state.counters.add_dense_rows("not_eligible", self._not_eligible * common.num_actual_tokens)
-        if not self._roles:
+        if not self._eligible:
             return metadata
         single = common.max_query_len == 1
         rows = self._single_token_rows(common) if single else self._split(common, metadata)
@@ -209,7 +209,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         count = len(prompt_lens)
         starts = common.query_start_loc_cpu[: count + 1]
         step = split_step(starts, lengths[:count], prompt_lens)
-        self.delta.counters.add_dense_rows("prefill", step.num_prefill_tokens * len(self._roles))
+        self.delta.counters.add_dense_rows("prefill", step.num_prefill_tokens * len(self._eligible))
         if step.rows is None:
             return None
         if step.prefill is not None:
@@ -251,6 +251,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         state = self.delta
         shape = ops.LayerShape(self.num_heads_q, self.num_heads_kv, self.headdim)
         full_counters = state.counters.of(Role.FULL)
+        full_layers = sum(impl.role is Role.FULL for impl in self._eligible)
         chunks = []
         for index, begin in enumerate(range(0, len(rows), state.workspace.max_rows)):
             chunk = rows.slice(begin, min(begin + state.workspace.max_rows, len(rows)))
@@ -263,7 +264,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
                 state.workspace,
                 state.selection,
                 full_counters,
-                self._roles.count(Role.FULL),
+                full_layers,
             )
             chunks.append((chunk, schedule))
         return chunks
