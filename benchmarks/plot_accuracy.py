@@ -6,13 +6,12 @@ Accuracy over the share of the context that was attended to, all layers counted,
 intervals: a panel per family, in a row per length. Settings of DELTA that differ in their budget alone are
 one line, and the marks on it tell the budget; a dense backend is a dashed line with its interval. Of every
 setting it shows the latest row that agrees with the latest row of all in commit, model, weights, machine,
-seed and number of problems; `--commit` and `--shape` choose others. The same rows give the same SVG, byte
-for byte.
+way, seed and number of problems; `--commit` and `--shape` choose others. The same rows give the same SVG,
+byte for byte.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -20,12 +19,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from accuracy_settings import label
-from common import Accuracy, read_csv
+from common import Accuracy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from plot_decode import COLOURS, STYLE, save
+from picture import COLOURS, STYLE, run, save
 
 from vllm_delta.config import DeltaConfig
 
@@ -38,7 +37,7 @@ def choose(rows: Sequence[Accuracy], commit: str | None, shape: str | None) -> l
     wanted = [row for row in rows if commit in (None, row.commit) and shape in (None, row.shape)]
 
     def kind(row: Accuracy) -> tuple[str | int, ...]:
-        return (row.commit, row.shape, row.weights, row.dtype, row.machine, row.seed, row.problems)
+        return (row.commit, row.shape, row.weights, row.dtype, row.machine, row.seed, row.problems, row.way)
 
     kept = [row for row in wanted if kind(row) == kind(wanted[-1])]
     return list({(row.arm, row.setting, row.family, row.length): row for row in kept}.values())
@@ -161,22 +160,7 @@ def draw(rows: Sequence[Accuracy], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Draw the picture; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Picture of the accuracy benchmark, from its CSV.")
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("out", type=Path, help="an .svg or .png file")
-    parser.add_argument("--commit", help="as in the CSV; default: the latest row's")
-    parser.add_argument("--shape", help="as in the CSV; default: the latest row's")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".svg", ".png"):
-        parser.error("the picture's name must end in .svg or .png")
-    try:
-        rows = choose(read_csv(args.csv, Accuracy), args.commit, args.shape)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not rows:
-        parser.error(f"no such rows in {args.csv}")
-    draw(rows, args.out)
-    return 0
+    return run(argv, "accuracy", Accuracy, choose, draw)
 
 
 if __name__ == "__main__":

@@ -9,33 +9,14 @@ over the rounds. By default the rows are those of the latest row's commit, shape
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from common import Case, Measurement, Summary, read_csv, summarise
+from common import Case, Measurement, Summary, summarise
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-TIMES = "\u00d7"
-COLOURS = ("#8c96a3", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "decode",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e3e6ea",
-}
+from picture import COLOURS, STYLE, TIMES, run, save
 
 
 def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -> list[Measurement]:
@@ -133,32 +114,9 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
         save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write the picture without a date, so that the same rows give the same bytes, and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=160, metadata=metadata)
-    plt.close(figure)
-
-
 def main(argv: Sequence[str]) -> int:
     """Draw the picture; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Picture of the decode benchmark, from its CSV.")
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("out", type=Path, help="an .svg or .png file")
-    parser.add_argument("--commit", help="as in the CSV; default: the latest row's")
-    parser.add_argument("--shape", help="as in the CSV; default: the latest row's")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".svg", ".png"):
-        parser.error("the picture's name must end in .svg or .png")
-    try:
-        rows = choose(read_csv(args.csv, Measurement), args.commit, args.shape)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not rows:
-        parser.error(f"no such rows in {args.csv}")
-    draw(rows, args.out)
-    return 0
+    return run(argv, "decode", Measurement, choose, draw)
 
 
 if __name__ == "__main__":

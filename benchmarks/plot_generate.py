@@ -9,15 +9,14 @@ machine and sizes; `--commit` and `--shape` choose others. The same rows give th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import Generation, read_csv
+from common import Generation
 from engine import DELTA
-from plot_decode import COLOURS, STYLE, TIMES, save
+from picture import COLOURS, STYLE, TIMES, run, save
 
 
 def choose(rows: Sequence[Generation], commit: str | None, shape: str | None) -> list[Generation]:
@@ -71,22 +70,7 @@ def draw(rows: Sequence[Generation], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Draw the picture; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Picture of the generation benchmark, from its CSV.")
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("out", type=Path, help="an .svg or .png file")
-    parser.add_argument("--commit", help="as in the CSV; default: the latest row's")
-    parser.add_argument("--shape", help="as in the CSV; default: the latest row's")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".svg", ".png"):
-        parser.error("the picture's name must end in .svg or .png")
-    try:
-        rows = choose(read_csv(args.csv, Generation), args.commit, args.shape)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not rows:
-        parser.error(f"no such rows in {args.csv}")
-    draw(rows, args.out)
-    return 0
+    return run(argv, "generation", Generation, choose, draw)
 
 
 if __name__ == "__main__":
