@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,10 @@ from vllm_delta.calibration.search import (
     search,
     split_passes,
 )
-from vllm_delta.config import DeltaConfigError
+from vllm_delta.config import DeltaConfig, DeltaConfigError
+from vllm_delta.gpu.ops import Selection
+from vllm_delta.integration.calibration import Calibration, Distributions
+from vllm_delta.plan import make_plan
 
 LAYERS = [0, 2, 3, 5, 8, 9, 10, 13]  # of a model whose other layers have sliding windows
 
@@ -131,6 +136,48 @@ def test_a_named_file_counts(tmp_path):
         path.write_text(text)
         with pytest.raises(DeltaConfigError, match="is no calibration"):
             with_calibrated_layers(named, "some/model")
+
+
+def test_a_plan_tells_its_calibration():
+    config = DeltaConfig(selection_layers=(2, 4), calibration="model/delta_calibration.json")
+    plan = make_plan(config, range(8), 8)
+    assert "(selection layers from calibration model/delta_calibration.json)" in plan.describe()
+    with pytest.raises(DeltaConfigError, match=r"delta.calibration must be a path, not 3"):
+        DeltaConfig(calibration=3)
+
+
+def test_settings_change_in_a_worker():
+    """Roles of layers, and a GPU's form of the settings, follow; what is not named is that of the start."""
+    start = DeltaConfig(page_size=16, budget_tokens=256, recent_tokens=32)
+    calibration = object.__new__(Calibration)
+    calibration._state = SimpleNamespace(config=start, plan=None, selection=Selection(16, 256, 32, 16))
+    calibration._start, calibration._num_layers = start, 6
+    calibration._impls = {layer: SimpleNamespace(role=None) for layer in range(6)}
+    state = calibration._state
+    calibration.use({"full_layers": 1, "selection_layers": [1, 3], "page_size": 32, "sink_tokens": 0})
+    roles = [calibration._impls[layer].role for layer in calibration.layers()]
+    assert roles == ["full", "selection", "sparse", "selection", "sparse", "sparse"]
+    assert state.plan.roles == dict(enumerate(roles))
+    assert state.selection == Selection(32, 256, 32, 0)
+    calibration.use({"policy": "oracle", "budget_tokens": 128})
+    assert state.config == dataclasses.replace(start, policy="oracle", budget_tokens=128)
+    assert [impl.role for impl in calibration._impls.values()] == ["full"] * 2 + ["sparse"] * 4
+    assert state.selection == Selection(16, 128, 32, 16)
+    with pytest.raises(ValueError, match="action must be one of layers, use"):
+        calibration.call("_observe")
+
+
+def test_divergence_of_the_likeliest_tokens(monkeypatch):
+    """All tokens but the likeliest count as one, which is never more than the whole divergence."""
+    torch.manual_seed(0)
+    expected, found = (2 * torch.randn(2, 5, 40)).log_softmax(-1).unbind()
+    whole = (expected.exp() * (expected - found)).sum(-1)
+    torch.testing.assert_close(Distributions.keep(expected).divergence(found), whole)
+    monkeypatch.setattr("vllm_delta.integration.calibration.LIKELIEST", 10)
+    part = Distributions.keep(expected).divergence(found)
+    assert ((part > 0.5 * whole) & (part < whole)).all()
+    joined = Distributions.join([Distributions.keep(expected[:2]), Distributions.keep(expected[2:])])
+    torch.testing.assert_close(joined.slice(1, 4).divergence(found[1:4]), part[1:4])
 
 
 @pytest.mark.parametrize(
