@@ -338,7 +338,8 @@ def test_calibration_measures_what_dense_masks_give(models):
     answers, observed, losses = in_fresh_process(losses_of_plans, models["full"], **spawn)
     assert len(answers) == 3 and len(observed.mass) == 7 * 6 / 2
     for (plan, key), loss in losses.items():
-        prompt, rows = answers[key].tokens[: answers[key].first_row], answers[key].tokens[-25:]
+        first_row = answers[key].first_row
+        prompt, rows = answers[key].tokens[:first_row], answers[key].tokens[first_row:]
         full_layers, selection = split_passes(plan, range(7))
         dense, sparse = (
             logprobs_with_masks(models["full"], prompt, [*rows, 0], layers, full, (16, 16, 2, 1))[1:]
