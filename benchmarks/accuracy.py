@@ -43,7 +43,6 @@ from accuracy_settings import (
     activity,
     add_arguments,
     complete_arguments,
-    parse_object,
     raise_errors,
     run_jobs,
     server_jobs,
@@ -52,6 +51,8 @@ from common import Accuracy, align, append_csv, read_csv
 from engine import POSITIONS, SPARE_POSITIONS, BenchmarkError, Json, describe_run, read_config, run_benchmark
 from environment import ROOT
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from vllm_delta.cli import json_object
 
 sys.path.append(str(ROOT / "tools"))
 
@@ -264,7 +265,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--outcomes", type=Path, metavar="JSONL", help="default: the CSV's name with .jsonl")
     parser.add_argument("--forced", action="store_true", help="judge right answers, in one engine")
     parser.add_argument(
-        "--engine", metavar="JSON", type=parse_object, default={}, help="arguments of vllm.LLM, if forced"
+        "--engine", metavar="JSON", type=json_object, default={}, help="arguments of vllm.LLM, if forced"
     )
     args, server = parser.parse_known_args(argv)
     args.server = server

@@ -37,7 +37,6 @@ from accuracy_settings import (
     complete_arguments,
     explain,
     open_server,
-    parse_object,
     raise_errors,
     read_counters,
     run_jobs,
@@ -48,6 +47,7 @@ from engine import BenchmarkError, Json, describe_run, end_group, run_benchmark
 from environment import ROOT, version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from vllm_delta.cli import json_object
 from vllm_delta.counters import difference
 
 sys.path.append(str(ROOT / "tools"))
@@ -276,14 +276,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sampling",
         metavar="JSON",
-        type=parse_object,
+        type=json_object,
         default={},
         help="changes to tasks' generation_kwargs",
     )
     parser.add_argument(
         "--model-args",
         metavar="JSON",
-        type=parse_object,
+        type=json_object,
         default={},
         help="more arguments of lm-eval's model",
     )

@@ -26,6 +26,7 @@ from common import Run, check_header
 from engine import DELTA, BenchmarkError, Json, check_activity
 from environment import ROOT, find_machine
 
+from vllm_delta.cli import json_object
 from vllm_delta.config import DeltaConfig
 
 sys.path.append(str(ROOT / "tools"))
@@ -95,14 +96,6 @@ def parse_words(text: str) -> list[str]:
 def parse_layers(text: str) -> list[list[int] | str]:
     """Read "2,6,9;3,5;auto"; raises ValueError."""
     return ["auto" if part.strip() == "auto" else parse_numbers(part) for part in text.split(";")]
-
-
-def parse_object(text: str) -> Json:
-    """Read a JSON object; raises ValueError."""
-    value: Json = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object: {text}")
-    return value
 
 
 def read_settings(path: Path) -> list[Setting]:
@@ -341,9 +334,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="of the setting that --url has")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON: list of name, backend, delta")
     parser.add_argument("--backends", metavar="A,B", type=parse_words, help="the dense one and DELTA")
-    parser.add_argument(
-        "--delta", metavar="JSON", type=parse_object, default={}, help="settings of the sweep"
-    )
+    parser.add_argument("--delta", metavar="JSON", type=json_object, default={}, help="settings of the sweep")
     parser.add_argument("--policies", metavar="A,B", type=parse_words, help="sweep of delta.policy")
     parser.add_argument("--budgets", metavar="N,N", type=parse_numbers, help="sweep of delta.budget_tokens")
     parser.add_argument("--page-sizes", metavar="N,N", type=parse_numbers, help="sweep of delta.page_size")

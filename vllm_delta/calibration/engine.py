@@ -25,7 +25,6 @@ class Answer:
     """A prompt and the answer that full attention gave, of which the last tokens are scored."""
 
     tokens: list[int]
-    prompt_tokens: int
     #: position from which tokens are decode rows
     first_row: int
 
@@ -104,7 +103,7 @@ class Engine:
             if len(answer) < 2:
                 continue
             tokens = prompt + answer[:-1]
-            answers.append(Answer(tokens, len(prompt), max(len(prompt), len(tokens) - scored_tokens)))
+            answers.append(Answer(tokens, max(len(prompt), len(tokens) - scored_tokens)))
         return answers
 
     def record(self, answers: Sequence[Answer], observed_rows: int, tick: Callable[[], object]) -> Observed:

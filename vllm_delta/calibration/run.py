@@ -152,31 +152,29 @@ def calibrate(
     keys = range(len(answers))
     held_out, searched = keys[1::2], keys[::2]
     screened = searched[: max(1, len(searched) // 4)]
-    measured: dict[tuple[Passes, tuple[int, ...]], Loss] = {}
+    measured: set[tuple[Passes, range]] = set()
 
-    def loss(passes: Passes, among: Sequence[int], tick: Callable[[], object]) -> float:
+    def loss(passes: Passes, among: range, tick: Callable[[], object]) -> Loss:
         found = engine.loss(passes, config.budget_tokens, among)
-        measured[passes, tuple(among)] = found
+        measured.add((passes, among))
         tick()
-        return found.divergence
+        return found
 
     tick = progress("sensitivity")
     sensitivity = {
-        layer: loss(tuple(other for other in eligible if other != layer), screened, tick)
+        layer: loss(tuple(other for other in eligible if other != layer), screened, tick).divergence
         for layer in eligible[1:]
     }
     tick = progress("search")
     best = search(
         eligible,
         options.passes,
-        lambda passes: loss(passes, searched, tick),
-        (lambda passes: loss(passes, screened, tick)) if len(screened) < len(searched) else None,
+        lambda passes: loss(passes, searched, tick).divergence,
+        (lambda passes: loss(passes, screened, tick).divergence) if len(screened) < len(searched) else None,
     )
     tick = progress("comparison")
-    choices = []
-    for name, passes in {"calibrated": best, **rules(observed, eligible, options)}.items():
-        loss(passes, held_out, tick)
-        choices.append(Choice(name, passes, measured[passes, tuple(held_out)]))
+    compared = {"calibrated": best, **rules(observed, eligible, options)}
+    choices = [Choice(name, passes, loss(passes, held_out, tick)) for name, passes in compared.items()]
     by_budget = {}
     for budget in budgets(config):
         by_budget[budget] = engine.loss(best, budget, held_out)

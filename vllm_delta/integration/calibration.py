@@ -81,10 +81,11 @@ class Text:
     length: int
     #: full attention's of each row, to compare with
     expected: Distributions | None
-    #: what is kept, to be compared with later; None: nothing
-    kept: list[Distributions] | None
+    #: number under which its distributions are kept, to be compared with later; None: they are not
+    keep: int | None
     #: observe every so many rows; 0 for none
     observe_every: int
+    kept: list[Distributions] = field(default_factory=list)
     #: of each row, from full attention's
     divergences: list[float] = field(default_factory=list)
     #: the likeliest next token, after the last token before the rows and after each row
@@ -120,12 +121,10 @@ class Calibration:
         }
         self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._kept: dict[int, Distributions] = {}
-        self._keep: int | None = None
         self._text: Text | None = None
         self._seen = Observations()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         state.prompt_lens = self._prompt_lens
-        state.observer = self._observe
 
     def call(self, action: str, *args: Any, **kwargs: Any) -> Any:
         """One of the methods below, by name.
@@ -180,9 +179,8 @@ class Calibration:
             observe_every: observe every so many rows; 0 for none.
         """
         expected = None if against is None else self._kept.get(against)
-        kept: list[Distributions] | None = None if keep is None else []
-        self._text = Text(first_row, length, expected, kept, observe_every)
-        self._keep = keep
+        self._text = Text(first_row, length, expected, keep, observe_every)
+        self._state.observer = self._observe if observe_every else None
 
     def end(self) -> tuple[list[float], list[int]]:
         """The rows' divergences (none unless compared), and the likeliest tokens before and after each.
@@ -190,10 +188,10 @@ class Calibration:
         Both are empty on tensor parallel ranks that do not see distributions.
         """
         text, self._text = self._text, None
+        self._state.observer = None
         assert text is not None
-        if text.kept:
-            assert self._keep is not None
-            self._kept[self._keep] = Distributions.join(text.kept)
+        if text.keep is not None and text.kept:
+            self._kept[text.keep] = Distributions.join(text.kept)
         return text.divergences, text.likeliest
 
     def observations(self) -> dict[str, list[list[float]]]:
@@ -226,7 +224,7 @@ class Calibration:
             logits: Tensor | None = self._compute_logits(hidden[part])
             if logits is not None:  # on one of several tensor parallel ranks
                 text.likeliest += logits.argmax(-1).tolist()
-                if text.expected is not None or text.kept is not None:
+                if text.expected is not None or text.keep is not None:
                     self._compare(text, logits.float().log_softmax(-1), first + start - text.first_row)
         self._seen.chosen.clear()
         self._seen.previous.clear()
@@ -236,7 +234,7 @@ class Calibration:
         """Rows from `done` on, their log-probabilities ``[rows, vocabulary]``; row -1 is not one."""
         if done < 0:
             found, done = found[1:], 0
-        if text.kept is not None:
+        if text.keep is not None:
             text.kept.append(Distributions.keep(found))
         if text.expected is not None:
             expected = text.expected.slice(done, done + len(found))
@@ -244,10 +242,8 @@ class Calibration:
 
     def _observe(self, index: int, layer: Layer, rows: Sequence[RowIndex]) -> None:
         """What a layer that attends to everything attends to; called at every such layer, in their order."""
-        text, config = self._text, self._state.config
-        if text is None or not text.observe_every:
-            return
-        seen = self._seen
+        text, config, seen = self._text, self._state.config, self._seen
+        assert text is not None
         for row in rows:
             if row.dense or row.length % text.observe_every:
                 continue
