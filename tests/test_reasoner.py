@@ -98,6 +98,7 @@ def train_a_little(tmp_path, *options: str):
 def test_training_writes_a_model_that_transformers_loads(tmp_path) -> None:
     """A few steps of a tiny network: the loss falls, and transformers computes what training computed."""
     import csv
+    import json
 
     import torch
     from reasoner.model import export
@@ -115,6 +116,7 @@ def test_training_writes_a_model_that_transformers_loads(tmp_path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ours = training.model.bfloat16().float()(tokens)
     assert (loaded(tokens).logits - ours).abs().max() < 1e-3 * ours.abs().max()
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["temperature"] == 0
 
 
 def test_training_goes_on_where_it_stopped(tmp_path) -> None:

@@ -168,7 +168,7 @@ def export(model: Reasoner, folder: Path) -> None:
         **special,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"do_sample": False, **special}
+    generation = {"do_sample": False, "temperature": 0.0, **special}  # vLLM reads the temperature alone
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     weights = {
         f"model.{name}": value.detach().to("cpu", torch.bfloat16)
