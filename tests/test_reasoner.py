@@ -113,6 +113,8 @@ def test_training_writes_a_model_that_transformers_loads(tmp_path) -> None:
     assert losses[-1] < losses[0]
     problem = make_problem("chase", 200, np.random.default_rng(0))
     tokens = torch.from_numpy(problem.tokens)[None]
+    again = train_a_little(tmp_path, "--weights", str(tmp_path / "model"), "--stop-after", "0", "--seed", "1")
+    assert again.rows[0]["loss"] < (losses[0] + losses[-1]) / 2, "begins with what was learnt"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ours = training.model.bfloat16().float()(tokens)
     assert (loaded(tokens).logits - ours).abs().max() < 1e-3 * ours.abs().max()
@@ -136,9 +138,9 @@ def test_training_goes_on_where_it_stopped(tmp_path) -> None:
 def test_batches_depend_on_seed_and_step_alone() -> None:
     from reasoner.train import IGNORED, make_batch
 
-    tokens, targets = make_batch(7, "trace", 1, 8192, 600)
-    again, _ = make_batch(7, "trace", 1, 8192, 600)
-    other, _ = make_batch(8, "trace", 1, 8192, 600)
+    tokens, targets = make_batch(7, "trace", 1, 8192, 600, spread=False)
+    again, _ = make_batch(7, "trace", 1, 8192, 600, spread=False)
+    other, _ = make_batch(8, "trace", 1, 8192, 600, spread=False)
     assert np.array_equal(tokens, again)
     assert tokens.shape != other.shape or not np.array_equal(tokens, other)
     assert len(tokens) >= 2 and tokens.shape[1] % 64 == 0
@@ -149,7 +151,7 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
 def test_problems_grow_when_they_are_mastered() -> None:
     from reasoner.train import DECIDING, GROWTH, SHORTEST, Course
 
-    course = Course(longest=int(SHORTEST * GROWTH) + 5)
+    course = Course(int(SHORTEST * GROWTH) + 5, SHORTEST)
     for _ in range(DECIDING - 1):
         course.see(SHORTEST, 1.0)
     course.see(SHORTEST - 1, 1.0)

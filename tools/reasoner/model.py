@@ -137,6 +137,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
+def load_weights(model: Reasoner, folder: Path) -> None:
+    """Take the weights that `export` wrote of a network of the same size."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+
+
 def export(model: Reasoner, folder: Path) -> None:
     """Write the model in bfloat16, with its configuration and tokenizer, as transformers and vLLM load it."""
     from safetensors.torch import save_file

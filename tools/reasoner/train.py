@@ -4,14 +4,16 @@
     PYTHONPATH=tools python -m reasoner.train --steps 3 --batch-tokens 512 --layers 1 --out look     # a look
 
 Every batch is new: problems of all families, each up to a length of its own, which grows whenever its
-problems are nearly solved, from short ones to the longest that are asked for. What a step sees depends on the
-seed, the step's number and these lengths. Only answers count for the loss; what a prompt says cannot be
-foreseen. The learning rate rises, stays, and falls to zero over the last steps.
+problems are nearly solved, from short ones to the longest that are asked for; short ones come back over the
+last steps (`--spread`), as they are forgotten otherwise. What a step sees depends on the seed, the step's
+number and these lengths. Only answers count for the loss; what a prompt says cannot be foreseen. The learning
+rate rises, stays, and falls to zero over the last steps.
 
 The log has, every so many steps, the loss, and each family's length and share of right tokens. `--check` adds
 problems of several lengths that are solved with the right answer so far given (teacher-forced): all of an
 answer's tokens have to be right, which is when a greedy answer is. With `--checkpoint` and `--stop-after`, a
-training goes on where an earlier call of the same seed stopped.
+training goes on where an earlier call of the same seed stopped; `--weights` begins another one with a model,
+and with the longest problems.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 
-from reasoner.model import Reasoner, Size, export
+from reasoner.model import Reasoner, Size, export, load_weights
 from reasoner.problems import FAMILIES, make_problem
 
 IGNORED = -100
@@ -53,7 +55,7 @@ DECIDING = 8
 LONGEST_SHARE = 0.4
 #: steps in which the learning rate rises
 RISE = 200
-CHECKED_LENGTHS = (2048, 4096, 8192, 12288, 16384)
+CHECKED_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 12288, 16384)
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -62,7 +64,7 @@ class Course:
     """How long one family's problems are by now."""
 
     longest: int
-    length: int = SHORTEST
+    length: int
     accuracies: deque[float] = field(default_factory=lambda: deque(maxlen=DECIDING))
 
     def see(self, length: int, accuracy: float) -> None:
@@ -80,12 +82,19 @@ def learning_rate(step: int, steps: int, decay: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / RISE, (steps - step) / decay)
 
 
-def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int) -> Batch:
+def choose_length(limit: int, spread: bool, generator: np.random.Generator) -> int:
+    """Tokens of a batch's problems: the longest, or from a quarter of them on; half of a spread, any."""
+    if spread and generator.random() < 0.5:
+        return round(math.exp(generator.uniform(math.log(SHORTEST // 2), math.log(limit))))
+    if generator.random() < LONGEST_SHARE:
+        return limit
+    return int(generator.integers(max(SHORTEST // 2, limit // 4), limit + 1))
+
+
+def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int, spread: bool) -> Batch:
     """Tokens and targets of one family's problems, ``[problems, length]``; at least two problems."""
     generator = np.random.default_rng((seed, step, list(FAMILIES).index(family)))
-    length = limit
-    if generator.random() >= LONGEST_SHARE:
-        length = int(generator.integers(max(SHORTEST // 2, limit // 4), limit + 1))
+    length = choose_length(limit, spread, generator)
     count = max(2, int(batch_tokens * SHARES[family]) // length)
     problems = [make_problem(family, length, generator) for _ in range(count)]
     width = -(-length // ALIGNMENT) * ALIGNMENT
@@ -122,10 +131,11 @@ class Batches:
 
     def _submit(self) -> None:
         a = self._arguments
+        spread = self._next >= a.steps - a.spread
         self._ahead.append(
             {
                 family: self._pool.apply_async(
-                    make_batch, (self._next, family, a.seed, a.batch_tokens, c.length)
+                    make_batch, (self._next, family, a.seed, a.batch_tokens, c.length, spread)
                 )
                 for family, c in self._courses.items()
             }
@@ -159,14 +169,18 @@ class Training:
         self.arguments = arguments
         self.device: str = arguments.device
         size = Size(num_layers=arguments.layers, max_length=arguments.length)
-        self.model = Reasoner(size).to(self.device)
+        self.model = Reasoner(size)
+        if arguments.weights:
+            load_weights(self.model, arguments.weights)
+        self.model.to(self.device)
         decayed = [parameter for parameter in self.model.parameters() if parameter.dim() == 2]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() != 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=arguments.rate, betas=(0.9, 0.98), fused=self.device == "cuda"
         )
-        self.courses = {family: Course(arguments.length) for family in FAMILIES}
+        first_length = arguments.length if arguments.weights else SHORTEST
+        self.courses = {family: Course(arguments.length, first_length) for family in FAMILIES}
         self.step = 0
         self.seen = 0
         self.seconds = 0.0
@@ -265,11 +279,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--log", type=Path, help="CSV of the training (none)")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--decay", type=int, default=2000, help="steps in which the rate falls (2000)")
+    parser.add_argument(
+        "--spread", type=int, default=2000, help="last steps, in which half of the lengths are any (2000)"
+    )
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens of a step (65536)")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the longest problems (16384)")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate (2e-3)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, help="begin with those of this model (random ones)")
     parser.add_argument("--workers", type=int, default=8, help="processes that make problems (8)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of the log (50)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
