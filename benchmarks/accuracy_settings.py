@@ -43,6 +43,8 @@ SWEEPS = {
     "policies": ("policy", ""),
     "selection_layers": ("selection_layers", "layers"),
     "page_sizes": ("page_size", "page"),
+    "recent_tokens": ("recent_tokens", "recent"),
+    "sink_tokens": ("sink_tokens", "sinks"),
     "budgets": ("budget_tokens", "budget"),
 }
 #: seconds that Ray's tasks get to stop their servers
@@ -99,8 +101,13 @@ def parse_layers(text: str) -> list[list[int] | str]:
 
 
 def read_settings(path: Path) -> list[Setting]:
-    """A list of {"name": ..., "backend": ..., "delta": {...}}, the last two optional; raises ValueError."""
+    """A list of {"name": ..., "backend": ..., "delta": {...}}, the last two optional; raises ValueError.
+
+    From what ``vllm-delta calibrate`` wrote, come the layers that it compared, with its other settings.
+    """
     entries = json.loads(path.read_text())
+    if isinstance(entries, dict) and "calibration" in entries:
+        entries = _compared(entries)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of settings")
     settings = []
@@ -112,24 +119,31 @@ def read_settings(path: Path) -> list[Setting]:
     return settings
 
 
+def _compared(calibration: Json) -> list[Json]:
+    return [
+        {
+            "name": name,
+            "delta": {key: found.get(key, value) for key, value in calibration["delta"].items()},
+        }
+        for name, found in calibration["calibration"]["compared"].items()
+    ]
+
+
 def expand(args: argparse.Namespace, dense: str) -> list[Setting]:
-    """The settings that `add_arguments`' options mean, in order; raises ValueError."""
+    """The settings that `add_arguments`' options mean: dense ones, a file's, a sweep's; raises ValueError."""
     swept = {key: values for option, (key, _) in SWEEPS.items() if (values := getattr(args, option))}
     backends = [name.upper() for name in args.backends or ()]
     if args.url:
         if args.settings or swept or len(backends) > 1:
             raise ValueError("a server that runs already has one setting, which --url cannot change")
         return [Setting(args.name or "unnamed", (backends or ["unknown"])[0], args.delta)]
-    settings = read_settings(args.settings) if args.settings else []
+    listed = read_settings(args.settings) if args.settings else []
     if not backends:
-        backends = ([DELTA] if swept or args.delta else []) if settings else [dense, DELTA]
-    for backend in backends:
-        if backend != DELTA:
-            settings.append(Setting(backend, backend))
-            continue
-        for values in product(*swept.values()):
-            changes = dict(zip(swept, values, strict=True))
-            settings.append(Setting(label(changes), DELTA, args.delta | changes))
+        backends = ([DELTA] if swept or args.delta else []) if listed else [dense, DELTA]
+    settings = [Setting(backend, backend) for backend in backends if backend != DELTA] + listed
+    for values in product(*swept.values()) if DELTA in backends else ():
+        changes = dict(zip(swept, values, strict=True))
+        settings.append(Setting(label(changes), DELTA, args.delta | changes))
     names = [setting.name for setting in settings]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"every setting needs a name of its own; several have: {', '.join(sorted(twice))}")
@@ -332,12 +346,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", help="that the servers load")
     model.add_argument("--url", help="of a server that runs already; asked as it is")
     parser.add_argument("--name", help="of the setting that --url has")
-    parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON: list of name, backend, delta")
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON, or a calibration")
     parser.add_argument("--backends", metavar="A,B", type=parse_words, help="the dense one and DELTA")
     parser.add_argument("--delta", metavar="JSON", type=json_object, default={}, help="settings of the sweep")
     parser.add_argument("--policies", metavar="A,B", type=parse_words, help="sweep of delta.policy")
     parser.add_argument("--budgets", metavar="N,N", type=parse_numbers, help="sweep of delta.budget_tokens")
     parser.add_argument("--page-sizes", metavar="N,N", type=parse_numbers, help="sweep of delta.page_size")
+    parser.add_argument("--recent-tokens", metavar="N,N", type=parse_numbers, help="likewise")
+    parser.add_argument("--sink-tokens", metavar="N,N", type=parse_numbers, help="likewise")
     parser.add_argument(
         "--selection-layers", metavar="I,J;K", type=parse_layers, help="sweep of delta.selection_layers"
     )

@@ -300,22 +300,24 @@ def test_sweeps_multiply_out(model_folder) -> None:
         model_folder,
         *["--backends", "DELTA", "--policies", "delta,quest", "--budgets", "256,512"],
         *["--page-sizes", "16", "--selection-layers", "2,6,9;3;auto", "--delta", '{"sink_tokens": 0}'],
+        *["--recent-tokens", "64"],
     )
     assert len(swept) == 2 * 3 * 2
     assert swept[0] == Setting(
-        "delta layers=2-6-9 page=16 budget=256",
+        "delta layers=2-6-9 page=16 recent=64 budget=256",
         "DELTA",
         {
             "sink_tokens": 0,
             "policy": "delta",
             "selection_layers": [2, 6, 9],
             "page_size": 16,
+            "recent_tokens": 64,
             "budget_tokens": 256,
         },
     )
     assert [setting.delta["budget_tokens"] for setting in swept[:3]] == [256, 512, 256]
     assert [setting.delta["selection_layers"] for setting in swept[2::4]][:2] == [[3], [2, 6, 9]]
-    assert swept[-1].name == "quest layers=auto page=16 budget=512"
+    assert swept[-1].name == "quest layers=auto page=16 recent=64 budget=512"
     assert parse_layers("auto;3,5") == ["auto", [3, 5]]
     assert label({"budget_tokens": 64}) == "DELTA budget=64"
 
@@ -329,6 +331,22 @@ def test_settings_come_from_a_file(model_folder) -> None:
     assert settings_of(model_folder, "--settings", str(path)) == listed
     more = settings_of(model_folder, "--settings", str(path), "--budgets", "64")
     assert more == [*listed, Setting("DELTA budget=64", "DELTA", {"budget_tokens": 64})]
+
+
+def test_settings_come_from_a_calibration(model_folder) -> None:
+    """The sets that it compared, each with the budget that it was made for."""
+    found = {
+        "calibrated": {"full_layers": 0, "selection_layers": [0, 4], "divergence": 0.1},
+        "peaks": {"full_layers": 1, "selection_layers": [5], "divergence": 0.2},
+    }
+    delta = {"full_layers": 0, "selection_layers": [0, 4], "budget_tokens": 512}
+    path = model_folder / "calibration.json"
+    path.write_text(json.dumps({"delta": delta, "calibration": {"compared": found}}))
+    assert settings_of(model_folder, "--settings", str(path), "--backends", "CPU_ATTN") == [
+        Setting("CPU_ATTN", "CPU_ATTN"),
+        Setting("calibrated", "DELTA", delta),
+        Setting("peaks", "DELTA", delta | {"full_layers": 1, "selection_layers": [5]}),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from reasoner import vocabulary
@@ -61,6 +64,16 @@ def test_wrong_answers_are_found(family: str) -> None:
     assert (outcome.exact, outcome.right_steps) == (False, middle)
 
 
+def test_prompts_for_a_calibration() -> None:
+    from reasoner.prompts import make_prompts
+
+    prompts = [prompt["prompt_token_ids"] for prompt in make_prompts(300, 2, seed=0)]
+    families = [vocabulary.decode(prompt).split()[0] for prompt in prompts]
+    assert families == [*FAMILIES] * 2
+    assert prompts[0] != prompts[3]
+    assert solve(vocabulary.decode(prompts[0]))
+
+
 def test_what_cannot_be_made_is_refused() -> None:
     with pytest.raises(ValueError, match="one of chase, trace, needles, not 'sums'"):
         make_problem("sums", 100, np.random.default_rng(0))
@@ -113,8 +126,6 @@ def test_training_writes_a_model_that_transformers_loads(tmp_path) -> None:
     assert losses[-1] < losses[0]
     problem = make_problem("chase", 200, np.random.default_rng(0))
     tokens = torch.from_numpy(problem.tokens)[None]
-    again = train_a_little(tmp_path, "--weights", str(tmp_path / "model"), "--stop-after", "0", "--seed", "1")
-    assert again.rows[0]["loss"] < (losses[0] + losses[-1]) / 2, "begins with what was learnt"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ours = training.model.bfloat16().float()(tokens)
     assert (loaded(tokens).logits - ours).abs().max() < 1e-3 * ours.abs().max()
@@ -138,9 +149,9 @@ def test_training_goes_on_where_it_stopped(tmp_path) -> None:
 def test_batches_depend_on_seed_and_step_alone() -> None:
     from reasoner.train import IGNORED, make_batch
 
-    tokens, targets = make_batch(7, "trace", 1, 8192, 600, spread=False)
-    again, _ = make_batch(7, "trace", 1, 8192, 600, spread=False)
-    other, _ = make_batch(8, "trace", 1, 8192, 600, spread=False)
+    tokens, targets = make_batch(7, "trace", 1, 8192, 600)
+    again, _ = make_batch(7, "trace", 1, 8192, 600)
+    other, _ = make_batch(8, "trace", 1, 8192, 600)
     assert np.array_equal(tokens, again)
     assert tokens.shape != other.shape or not np.array_equal(tokens, other)
     assert len(tokens) >= 2 and tokens.shape[1] % 64 == 0
@@ -148,10 +159,20 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
     assert np.array_equal(targets[rows, columns], tokens[rows, columns + 1])
 
 
+def test_short_problems_keep_coming() -> None:
+    from reasoner.train import SHORTEST, choose_length
+
+    generator = np.random.default_rng(0)
+    lengths = np.array([choose_length(16384, generator) for _ in range(2000)])
+    assert lengths.min() >= SHORTEST // 2 and lengths.max() == 16384
+    assert 0.3 < (lengths == 16384).mean() < 0.4
+    assert all(((lengths >= least) & (lengths < 4 * least)).mean() > 0.04 for least in (64, 256, 1024))
+
+
 def test_problems_grow_when_they_are_mastered() -> None:
     from reasoner.train import DECIDING, GROWTH, SHORTEST, Course
 
-    course = Course(int(SHORTEST * GROWTH) + 5, SHORTEST)
+    course = Course(longest=int(SHORTEST * GROWTH) + 5)
     for _ in range(DECIDING - 1):
         course.see(SHORTEST, 1.0)
     course.see(SHORTEST - 1, 1.0)
@@ -164,3 +185,53 @@ def test_problems_grow_when_they_are_mastered() -> None:
     for _ in range(DECIDING):
         course.see(course.length, 1.0)
     assert course.length == course.longest
+
+
+class FakeServer:
+    """Answers as `solve` does, but for one wrong digit in the middle under DELTA."""
+
+    attended: ClassVar[int] = 40
+
+    def __init__(self, model, options, **_) -> None:
+        self.model, self.options = str(model), options
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def client(self):
+        return SimpleNamespace(chat=SimpleNamespace(completions=self))
+
+    def create(self, messages, **_):
+        content = messages[0]["content"]
+        words = solve(f"{content} =").split()
+        if "DELTA" in self.options:
+            words[len(words) // 2] = "?"
+        message = SimpleNamespace(content=" ".join(words))
+        usage = SimpleNamespace(
+            prompt_tokens=len(vocabulary.encode(content)) + 2, completion_tokens=len(words) + 1
+        )
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=usage)
+
+    def counters(self):
+        return {"attended_tokens": self.attended, "context_tokens": 100}
+
+
+@pytest.mark.parametrize(("attended", "status"), [(40, 0), (100, 1)])
+def test_demo(monkeypatch, capsys, attended, status) -> None:
+    from reasoner import demo
+
+    monkeypatch.setattr(demo, "Server", FakeServer)
+    monkeypatch.setattr(demo, "stop_on_sigterm", lambda: None)
+    monkeypatch.setattr(FakeServer, "attended", attended)
+    monkeypatch.setattr(
+        "sys.argv", ["demo", "folder", "--length", "600", "--delta", '{"budget_tokens": 128}']
+    )
+    assert demo.main() == status
+    printed = capsys.readouterr()
+    assert printed.out.count("every step is right of") == 3
+    assert printed.out.count("wrong at step") == 3
+    assert '{"delta": {"budget_tokens": 128}}' in printed.out
+    assert "40 of 100 tokens, 40.0%" in printed.out or "nothing was saved" in printed.err

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from demo_model import ROOT, default_model, repository_text
 from openai import OpenAIError
-from server import Server, ServerError, tail
+from server import Server, ServerError, show_waiting, stop_on_sigterm, tail
 
 BUDGET = {"budget_tokens": 256, "recent_tokens": 64}
 PROMPT_TOKENS = 2000
@@ -30,14 +28,6 @@ LOG = ROOT / "build" / "demo-server.log"
 
 class DemoError(RuntimeError):
     """The server ran, but did not do what the demo shows."""
-
-
-def show_waiting(elapsed: float) -> None:
-    """Show that the server is starting: a running count, or a line now and then in a log."""
-    if sys.stdout.isatty():
-        print(f"\r  starting ... {elapsed:3.0f} s", end="", flush=True)
-    elif round(elapsed) % 10 == 0:
-        print(f"  starting ... {elapsed:.0f} s", flush=True)
 
 
 def prompt_text(server: Server, num_tokens: int) -> str:
@@ -111,17 +101,12 @@ def run(model: Path | str, extra: list[str]) -> None:
         show_counters(before, server.counters())
 
 
-def stop_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    """End by way of an exception, so that the server is stopped on the way out."""
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     """Run the demo; arguments that are not its own go to ``vllm serve``."""
     parser = argparse.ArgumentParser(description="serve a small model with the DELTA backend")
     parser.add_argument("--model", help="a model folder; the demo model if not given")
     options, extra = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, stop_on_sigterm)
+    stop_on_sigterm()
     try:
         run(options.model or default_model(), extra)
     except (DemoError, ServerError) as error:

@@ -21,8 +21,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from types import FrameType, TracebackType
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 from vllm_delta.counters import total
 
@@ -50,6 +50,23 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def show_waiting(elapsed: float) -> None:
+    """Show that a server is starting: a running count, or a line now and then in a log."""
+    if sys.stdout.isatty():
+        print(f"\r  starting ... {elapsed:3.0f} s", end="", flush=True)
+    elif round(elapsed) % 10 == 0:
+        print(f"  starting ... {elapsed:.0f} s", flush=True)
+
+
+def stop_on_sigterm() -> None:
+    """From now on SIGTERM ends this process by way of an exception, which stops servers on the way out."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def tail(path: Path, lines: int = 40) -> str:

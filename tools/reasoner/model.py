@@ -24,9 +24,9 @@ EPSILON = 1e-6
 class Size:
     """The network's sizes."""
 
-    num_layers: int = 12
-    hidden_size: int = 192
-    mlp_size: int = 384
+    num_layers: int = 16
+    hidden_size: int = 160
+    mlp_size: int = 320
     num_heads: int = 3
     num_kv_heads: int = 1
     head_size: int = 64
@@ -135,14 +135,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions for ``[batch, heads, tokens, head_size]``, pairing the two halves of a head."""
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
-
-
-def load_weights(model: Reasoner, folder: Path) -> None:
-    """Take the weights that `export` wrote of a network of the same size."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
 
 
 def export(model: Reasoner, folder: Path) -> None:

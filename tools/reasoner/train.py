@@ -4,16 +4,15 @@
     PYTHONPATH=tools python -m reasoner.train --steps 3 --batch-tokens 512 --layers 1 --out look     # a look
 
 Every batch is new: problems of all families, each up to a length of its own, which grows whenever its
-problems are nearly solved, from short ones to the longest that are asked for; short ones come back over the
-last steps (`--spread`), as they are forgotten otherwise. What a step sees depends on the seed, the step's
-number and these lengths. Only answers count for the loss; what a prompt says cannot be foreseen. The learning
-rate rises, stays, and falls to zero over the last steps.
+problems are nearly solved, from short ones to the longest that are asked for; short ones keep coming, as they
+are forgotten otherwise. What a step sees depends on the seed, the step's number and these lengths. Only
+answers count for the loss; what a prompt says cannot be foreseen. The learning rate rises, stays, and falls
+to zero over the last steps.
 
 The log has, every so many steps, the loss, and each family's length and share of right tokens. `--check` adds
 problems of several lengths that are solved with the right answer so far given (teacher-forced): all of an
 answer's tokens have to be right, which is when a greedy answer is. With `--checkpoint` and `--stop-after`, a
-training goes on where an earlier call of the same seed stopped; `--weights` begins another one with a model,
-and with the longest problems.
+training goes on where an earlier call of the same seed stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 
-from reasoner.model import Reasoner, Size, export, load_weights
+from reasoner.model import Reasoner, Size, export
 from reasoner.problems import FAMILIES, make_problem
 
 IGNORED = -100
@@ -47,12 +46,12 @@ SHARES = {"chase": 0.35, "trace": 0.45, "needles": 0.2}
 #: tokens of the first problems
 SHORTEST = 128
 #: a family's problems grow by this factor when this share of the longest ones' tokens is right
-GROWTH = 1.3
+GROWTH = 1.5
 MASTERED = 0.97
 #: batches of the longest problems that decide it
 DECIDING = 8
-#: share of batches that have the longest problems
-LONGEST_SHARE = 0.4
+#: shares of batches that have the longest problems, and problems of any length
+LONGEST_SHARE, ANY_SHARE = 0.35, 0.25
 #: steps in which the learning rate rises
 RISE = 200
 CHECKED_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 12288, 16384)
@@ -64,7 +63,7 @@ class Course:
     """How long one family's problems are by now."""
 
     longest: int
-    length: int
+    length: int = SHORTEST
     accuracies: deque[float] = field(default_factory=lambda: deque(maxlen=DECIDING))
 
     def see(self, length: int, accuracy: float) -> None:
@@ -82,19 +81,20 @@ def learning_rate(step: int, steps: int, decay: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / RISE, (steps - step) / decay)
 
 
-def choose_length(limit: int, spread: bool, generator: np.random.Generator) -> int:
-    """Tokens of a batch's problems: the longest, or from a quarter of them on; half of a spread, any."""
-    if spread and generator.random() < 0.5:
-        return round(math.exp(generator.uniform(math.log(SHORTEST // 2), math.log(limit))))
-    if generator.random() < LONGEST_SHARE:
+def choose_length(limit: int, generator: np.random.Generator) -> int:
+    """Tokens of a batch's problems: `limit`; any length, short ones more often; or a quarter of it on."""
+    kind, shortest = generator.random(), SHORTEST // 2
+    if kind < LONGEST_SHARE:
         return limit
-    return int(generator.integers(max(SHORTEST // 2, limit // 4), limit + 1))
+    if kind < LONGEST_SHARE + ANY_SHARE:
+        return round(math.exp(generator.uniform(math.log(shortest), math.log(limit))))
+    return int(generator.integers(max(shortest, limit // 4), limit + 1))
 
 
-def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int, spread: bool) -> Batch:
+def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int) -> Batch:
     """Tokens and targets of one family's problems, ``[problems, length]``; at least two problems."""
     generator = np.random.default_rng((seed, step, list(FAMILIES).index(family)))
-    length = choose_length(limit, spread, generator)
+    length = choose_length(limit, generator)
     count = max(2, int(batch_tokens * SHARES[family]) // length)
     problems = [make_problem(family, length, generator) for _ in range(count)]
     width = -(-length // ALIGNMENT) * ALIGNMENT
@@ -131,11 +131,10 @@ class Batches:
 
     def _submit(self) -> None:
         a = self._arguments
-        spread = self._next >= a.steps - a.spread
         self._ahead.append(
             {
                 family: self._pool.apply_async(
-                    make_batch, (self._next, family, a.seed, a.batch_tokens, c.length, spread)
+                    make_batch, (self._next, family, a.seed, a.batch_tokens, c.length)
                 )
                 for family, c in self._courses.items()
             }
@@ -169,18 +168,14 @@ class Training:
         self.arguments = arguments
         self.device: str = arguments.device
         size = Size(num_layers=arguments.layers, max_length=arguments.length)
-        self.model = Reasoner(size)
-        if arguments.weights:
-            load_weights(self.model, arguments.weights)
-        self.model.to(self.device)
+        self.model = Reasoner(size).to(self.device)
         decayed = [parameter for parameter in self.model.parameters() if parameter.dim() == 2]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() != 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=arguments.rate, betas=(0.9, 0.98), fused=self.device == "cuda"
         )
-        first_length = arguments.length if arguments.weights else SHORTEST
-        self.courses = {family: Course(arguments.length, first_length) for family in FAMILIES}
+        self.courses = {family: Course(arguments.length) for family in FAMILIES}
         self.step = 0
         self.seen = 0
         self.seconds = 0.0
@@ -277,17 +272,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--log", type=Path, help="CSV of the training (none)")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--decay", type=int, default=2000, help="steps in which the rate falls (2000)")
-    parser.add_argument(
-        "--spread", type=int, default=2000, help="last steps, in which half of the lengths are any (2000)"
-    )
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--decay", type=int, default=1600, help="steps in which the rate falls (1600)")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens of a step (65536)")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the longest problems (16384)")
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate (2e-3)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, help="begin with those of this model (random ones)")
     parser.add_argument("--workers", type=int, default=8, help="processes that make problems (8)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of the log (50)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())

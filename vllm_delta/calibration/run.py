@@ -63,8 +63,11 @@ class Result:
 
     def settings(self) -> dict[str, Any]:
         """What ``--additional-config`` takes: DELTA's settings, and beside them how they were found."""
-        full_layers, selection_layers = split_passes(self.best.passes, self.eligible)
         c = self.config
+
+        def layers(choice: Choice) -> dict[str, Any]:
+            full_layers, selection_layers = split_passes(choice.passes, self.eligible)
+            return {"full_layers": full_layers, "selection_layers": list(selection_layers)}
 
         def describe(loss: Loss) -> dict[str, float]:
             return {
@@ -74,8 +77,7 @@ class Result:
 
         return {
             "delta": {
-                "full_layers": full_layers,
-                "selection_layers": list(selection_layers),
+                **layers(self.best),
                 "budget_tokens": c.budget_tokens,
                 "recent_tokens": c.recent_tokens,
                 "sink_tokens": c.sink_tokens,
@@ -97,8 +99,7 @@ class Result:
                     for budget, loss in self.by_budget.items()
                 ],
                 "compared": {
-                    choice.name: {"passes": list(choice.passes), **describe(choice.loss)}
-                    for choice in self.choices
+                    choice.name: {**layers(choice), **describe(choice.loss)} for choice in self.choices
                 },
             },
         }
