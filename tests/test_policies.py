@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_delta.config import POLICIES, DeltaConfig
 from vllm_delta.counters import Counters, difference, total
+from vllm_delta.gpu import ops
 from vllm_delta.integration.cuda import DeltaCUDAImpl, DeltaCUDAMetadataBuilder, _on_host, _plain_layer
 from vllm_delta.integration.cuda_state import CudaState
 from vllm_delta.integration.layers import find_state
@@ -309,8 +311,8 @@ def test_recall_in_counters():
 # --- the layers of vLLM's GPU backend, with or without a GPU ------------------------------------------
 
 
-def cuda_layer(batch, config, role):
-    """A layer of that role, and its call."""
+def cuda_layer(batch, config, role, chunks=None):
+    """A layer of that role, and its call; all rows are one chunk if nothing else is said."""
     impl = object.__new__(DeltaCUDAImpl)
     counters = Counters(DEVICE)
     # Triton's interpreter runs on the CPU, where Counters has fewer columns than a GPU's kernels fill.
@@ -329,9 +331,10 @@ def cuda_layer(batch, config, role):
     )
     impl.delta, impl.role, impl.kv_cache_dtype = state, role, "fp8" if batch.case.fp8 else "auto"
     impl._parameters = batch.parameters
+    chunks = [(batch.rows, batch.schedule)] if chunks is None else chunks
     cache = batch.kv_cache.view(torch.uint8) if batch.case.fp8 else batch.kv_cache
     metadata = SimpleNamespace(
-        chunks=[(batch.rows, batch.schedule)],
+        chunks=chunks,
         rows=_on_host(batch.rows),
         block_table=batch.block_table,
         group=None,
@@ -388,6 +391,30 @@ def test_recall_of_cuda_layers():
         pages = torch.arange(index.length, device=DEVICE) // 16
         expected += probabilities[:, torch.isin(pages, batch.kept(number).to(DEVICE))].sum(-1).mean().item()
     assert impl.delta.counters.as_dict()["recall"] == {5: {"rows": 3, "mass": pytest.approx(expected)}}
+
+
+def test_chunks_of_cuda_layers():
+    """More rows than a launch takes: in two chunks they attend and choose as in one."""
+    outputs, tables = [], []
+    for cuts in ([0, 5], [0, 2, 5]):
+        torch.manual_seed(0)
+        batch = Batch(Case((200, 40, 0, 150, 97), dense_rows=(3,)))
+        chunks = []
+        for begin, end in pairwise(cuts):
+            rows = batch.rows.slice(begin, end)
+            schedule = ops.Schedule.allocate(batch.workspace.max_rows, batch.case.num_kv_heads, DEVICE)
+            sizes = batch.shape, batch.case.dtype.itemsize, batch.workspace, batch.selection
+            ops.make_schedule(schedule, rows, *sizes, batch.full_counters, 2)
+            chunks.append((rows, schedule))
+        impl, run = cuda_layer(batch, settings(Budget(64, 16, 16, 16), "delta"), Role.SELECTION, chunks)
+        impl.delta.recall.active = False
+        selected = run()
+        tables.append([batch.kept(number).tolist() for number in (0, 1, 3, 4)])
+        impl.role = Role.SPARSE
+        outputs.append(torch.stack([selected, run()])[:, batch.rows.tokens[[0, 1, 3, 4]].long()])
+        assert impl.delta.counters.as_dict()["layers"]["sparse"]["rows"] == 4
+    assert tables[0] == tables[1]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize(
