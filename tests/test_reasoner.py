@@ -224,7 +224,7 @@ def test_demo(monkeypatch, capsys, attended, status) -> None:
     from reasoner import demo
 
     monkeypatch.setattr(demo, "Server", FakeServer)
-    monkeypatch.setattr(demo, "stop_on_sigterm", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(FakeServer, "attended", attended)
     monkeypatch.setattr(
         "sys.argv", ["demo", "folder", "--length", "600", "--delta", '{"budget_tokens": 128}']

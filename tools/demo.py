@@ -17,17 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from demo_model import ROOT, default_model, repository_text
-from openai import OpenAIError
-from server import Server, ServerError, show_waiting, stop_on_sigterm, tail
+from server import Server, ServerError, exit_status, show_waiting
 
 BUDGET = {"budget_tokens": 256, "recent_tokens": 64}
 PROMPT_TOKENS = 2000
 MAX_TOKENS = 64
 LOG = ROOT / "build" / "demo-server.log"
-
-
-class DemoError(RuntimeError):
-    """The server ran, but did not do what the demo shows."""
 
 
 def prompt_text(server: Server, num_tokens: int) -> str:
@@ -64,14 +59,14 @@ def ask(server: Server) -> None:
 def show_answer(name: str, answer: str | None, usage: Any, begin: float) -> None:
     """Print one answer in short; an answer without text, or to a short prompt, is an error."""
     if not answer or not answer.strip():
-        raise DemoError(f"{name} answered without text")
+        raise ServerError(f"{name} answered without text")
     print(
         f"{name}: {usage.prompt_tokens} tokens in, {usage.completion_tokens} out, "
         f"{time.monotonic() - begin:.1f} s"
     )
     print(f"  {' '.join(answer.split())[:90]}")
     if usage.prompt_tokens < 4 * BUDGET["budget_tokens"]:
-        raise DemoError(f"the prompt of {name} is too short to show anything")
+        raise ServerError(f"the prompt of {name} is too short to show anything")
 
 
 def show_counters(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -79,7 +74,7 @@ def show_counters(before: dict[str, Any], after: dict[str, Any]) -> None:
     attended = int(after["attended_tokens"]) - int(before["attended_tokens"])
     context = int(after["context_tokens"]) - int(before["context_tokens"])
     if not 0 < attended < context:
-        raise DemoError(f"attended {attended} of {context} tokens: nothing was saved")
+        raise ServerError(f"attended {attended} of {context} tokens: nothing was saved")
     print("decoding, over all layers:")
     print(f"attended {attended} of {context} tokens ({context / attended:.1f} x fewer)")
 
@@ -106,19 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="serve a small model with the DELTA backend")
     parser.add_argument("--model", help="a model folder; the demo model if not given")
     options, extra = parser.parse_known_args()
-    stop_on_sigterm()
-    try:
-        run(options.model or default_model(), extra)
-    except (DemoError, ServerError) as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
-    except OpenAIError as error:
-        print(f"\ndemo: {error}; the end of {LOG}:\n{tail(LOG)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options.model or default_model(), extra), LOG)
 
 
 if __name__ == "__main__":

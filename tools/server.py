@@ -41,7 +41,7 @@ REQUIRED_ENV = {"VLLM_SERVER_DEV_MODE": "1"}  # POST /collective_rpc, where the 
 
 
 class ServerError(RuntimeError):
-    """The server did not start, died, or answered a request with an error."""
+    """The server did not start, died, answered a request with an error, or not as it should."""
 
 
 def free_port() -> int:
@@ -60,13 +60,29 @@ def show_waiting(elapsed: float) -> None:
         print(f"  starting ... {elapsed:.0f} s", flush=True)
 
 
-def stop_on_sigterm() -> None:
-    """From now on SIGTERM ends this process by way of an exception, which stops servers on the way out."""
+def exit_status(work: Callable[[], object], log_path: Path) -> int:
+    """Do a demo's work; the exit status, where what went wrong is printed.
+
+    SIGTERM ends this process by way of an exception, so that servers are stopped on the way out.
+    """
+    from openai import OpenAIError
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
+    try:
+        work()
+    except ServerError as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except OpenAIError as error:
+        print(f"\ndemo: {error}; the end of {log_path}:\n{tail(log_path)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def tail(path: Path, lines: int = 40) -> str:

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from openai import OpenAIError
-from server import Server, ServerError, show_waiting, stop_on_sigterm, tail
+from server import Server, ServerError, exit_status, show_waiting
 
 from reasoner import vocabulary
 from reasoner.problems import FAMILIES, Outcome, Problem, check, make_problem
@@ -32,10 +31,6 @@ LOG = ROOT / "build" / "demo-server.log"
 #: steps that are shown from either end of a chain
 SHOWN = 2
 WIDTH = 100
-
-
-class DemoError(RuntimeError):
-    """The server ran, but did not do what the demo shows."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ def ask(server: Server, problem: Problem) -> Answer:
     )
     text = chat.choices[0].message.content or ""
     if chat.usage is None or chat.usage.prompt_tokens != len(problem.prompt):
-        raise DemoError(f"the server saw another prompt than {len(problem.prompt)} tokens: {chat.usage}")
+        raise ServerError(f"the server saw another prompt than {len(problem.prompt)} tokens: {chat.usage}")
     return Answer(text, chat.usage.completion_tokens, check(problem, text))
 
 
@@ -105,12 +100,8 @@ def solve(
     return answers, counters
 
 
-def run(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
+def run(arguments: argparse.Namespace, extra: Sequence[str], problems: Sequence[Problem]) -> None:
     """Both servers, one after another, and what they wrote."""
-    problems = [
-        make_problem(family, arguments.length, np.random.default_rng([arguments.seed, index]))
-        for index, family in enumerate(FAMILIES)
-    ]
     # vLLM wants to find that share of the machine's memory free; the model needs a fraction of it.
     common = ["--gpu-memory-utilization", "0.3", *extra]
     delta = ["--attention-backend", "DELTA"]
@@ -125,7 +116,7 @@ def run(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
     attended, context = int(counters["attended_tokens"]), int(counters["context_tokens"])
     print(f"\nDELTA attended to {attended} of {context} tokens, {attended / max(1, context):.1%}")
     if not 0 < attended < context:
-        raise DemoError("nothing was saved")
+        raise ServerError("nothing was saved")
 
 
 def main() -> int:
@@ -138,19 +129,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--delta", metavar="JSON", type=json_object, default={}, help="DELTA's settings")
     arguments, extra = parser.parse_known_args()
-    stop_on_sigterm()
     try:
-        run(arguments, extra)
-    except (DemoError, ServerError, ValueError) as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
-    except OpenAIError as error:
-        print(f"\ndemo: {error}; the end of {LOG}:\n{tail(LOG)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        problems = [
+            make_problem(family, arguments.length, np.random.default_rng([arguments.seed, index]))
+            for index, family in enumerate(FAMILIES)
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    return exit_status(lambda: run(arguments, extra, problems), LOG)
 
 
 if __name__ == "__main__":
