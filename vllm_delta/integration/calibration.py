@@ -30,8 +30,8 @@ from vllm_delta.config import DeltaConfig
 from vllm_delta.plan import make_plan
 from vllm_delta.policies.rows import Layer, RowIndex
 
-#: rows whose distributions are computed at a time
-ROWS_AT_A_TIME = 64
+#: log-probabilities that are computed at a time
+PROBABILITIES_AT_A_TIME = 10_000_000
 
 #: tokens of full attention's distributions that are told apart
 LIKELIEST = 1024
@@ -119,6 +119,7 @@ class Calibration:
             for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
             if getattr(layer.impl, "role", None) is not None
         }
+        self._rows_at_a_time = max(1, PROBABILITIES_AT_A_TIME // vllm_config.model_config.get_vocab_size())
         self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._kept: dict[int, Distributions] = {}
         self._text: Text | None = None
@@ -219,8 +220,8 @@ class Calibration:
         positions = positions[0] if positions.dim() == 2 else positions  # three equal ones, for texts
         first = int(positions[0])
         count = min(len(positions), text.length - first)
-        for start in range(max(0, text.first_row - 1 - first), count, ROWS_AT_A_TIME):
-            part = slice(start, min(start + ROWS_AT_A_TIME, count))
+        for start in range(max(0, text.first_row - 1 - first), count, self._rows_at_a_time):
+            part = slice(start, min(start + self._rows_at_a_time, count))
             logits: Tensor | None = self._compute_logits(hidden[part])
             if logits is not None:  # on one of several tensor parallel ranks
                 text.likeliest += logits.argmax(-1).tolist()
