@@ -146,6 +146,19 @@ def test_training_goes_on_where_it_stopped(tmp_path) -> None:
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_training_ends_some_while_after_the_longest_problems(tmp_path) -> None:
+    """The rate falls from then on; a later call knows when that was."""
+    checkpoint = tmp_path / "checkpoint"
+    options = ["--length", "128", "--plateau", "1", "--checkpoint", str(checkpoint)]
+    stopped = train_a_little(tmp_path, *options, "--stop-after", "0")
+    assert stopped.grown == 0
+    stopped.save(checkpoint)
+    training = train_a_little(tmp_path, *options)
+    assert (training.step, training.steps) == (5, 5)
+    rates = [row["rate"] for row in training.rows]
+    assert len(rates) == 5 and rates[-1] == pytest.approx(2e-3 * min(5 / 200, 1 / 4))
+
+
 def test_batches_depend_on_seed_and_step_alone() -> None:
     from reasoner.train import IGNORED, make_batch
 

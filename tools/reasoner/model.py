@@ -25,8 +25,8 @@ class Size:
     """The network's sizes."""
 
     num_layers: int = 16
-    hidden_size: int = 160
-    mlp_size: int = 320
+    hidden_size: int = 192
+    mlp_size: int = 256
     num_heads: int = 3
     num_kv_heads: int = 1
     head_size: int = 64

@@ -6,8 +6,8 @@
 Every batch is new: problems of all families, each up to a length of its own, which grows whenever its
 problems are nearly solved, from short ones to the longest that are asked for; short ones keep coming, as they
 are forgotten otherwise. What a step sees depends on the seed, the step's number and these lengths. Only
-answers count for the loss; what a prompt says cannot be foreseen. The learning rate rises, stays, and falls
-to zero over the last steps.
+answers count for the loss; what a prompt says cannot be foreseen. The learning rate rises, stays until some
+while after all families have come to the longest problems, and falls to zero.
 
 The log has, every so many steps, the loss, and each family's length and share of right tokens. `--check` adds
 problems of several lengths that are solved with the right answer so far given (teacher-forced): all of an
@@ -77,7 +77,7 @@ class Course:
 
 
 def learning_rate(step: int, steps: int, decay: int, peak: float) -> float:
-    """A short rise, a plateau, and a linear fall to zero over the last `decay` steps."""
+    """A short rise, a plateau, and a linear fall to zero over the last `decay` of `steps`."""
     return peak * min(1.0, (step + 1) / RISE, (steps - step) / decay)
 
 
@@ -177,28 +177,38 @@ class Training:
         )
         self.courses = {family: Course(arguments.length) for family in FAMILIES}
         self.step = 0
+        #: the step at which all families had come to the longest problems
+        self.grown: int | None = None
         self.seen = 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
         for layer in self.model.layers if arguments.compile else ():
             layer.compile(dynamic=True)  # one graph that all layers share
 
+    @property
+    def steps(self) -> int:
+        """Steps in total: as many as are asked for, or fewer if the problems' lengths allow."""
+        a = self.arguments
+        most: int = a.steps
+        return most if self.grown is None else min(most, self.grown + a.plateau + a.decay)
+
     def run(self) -> bool:
         """Train up to the last step, or until the time is over; returns whether the last step is done."""
         a = self.arguments
-        steps: int = a.steps
         batches = Batches(a, self.courses, self.step)
         start, before = time.perf_counter(), self.seconds
         try:
             for parts in batches:
-                if self.step >= steps or self.seconds - before > a.stop_after:
+                if self.step >= self.steps or self.seconds - before > a.stop_after:
                     break
-                self._step(parts, learning_rate(self.step, steps, a.decay, a.rate))
+                self._step(parts, learning_rate(self.step, self.steps, a.decay, a.rate))
+                if self.grown is None and all(c.length == c.longest for c in self.courses.values()):
+                    self.grown = self.step
                 self.seconds = before + time.perf_counter() - start
                 self.step += 1
         finally:
             batches.close()
-        return self.step >= steps
+        return self.step >= self.steps
 
     def _step(self, parts: dict[str, Batch], rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -226,7 +236,7 @@ class Training:
         if not math.isfinite(loss_value):
             raise RuntimeError(f"the loss is {loss_value} at step {self.step}")
         a = self.arguments
-        if self.step % a.log_every == 0 or self.step == a.steps - 1:
+        if self.step % a.log_every == 0 or self.step == self.steps - 1:
             self._log(rate, loss_value, dict(zip(rights, shares, strict=True)))
         for (family, (tokens, _)), share in zip(parts.items(), shares, strict=True):
             self.courses[family].see(tokens.shape[1], share)
@@ -246,7 +256,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write all that going on needs."""
-        names = ("courses", "step", "seen", "seconds", "rows")
+        names = ("courses", "step", "grown", "seen", "seconds", "rows")
         state = {name: getattr(self, name) for name in names}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, path)
@@ -272,7 +282,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--log", type=Path, help="CSV of the training (none)")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000, help="at most (6000)")
+    parser.add_argument(
+        "--plateau",
+        type=int,
+        default=500,
+        help="steps with the longest problems before the rate falls (500)",
+    )
     parser.add_argument("--decay", type=int, default=1600, help="steps in which the rate falls (1600)")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens of a step (65536)")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the longest problems (16384)")
