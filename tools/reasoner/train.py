@@ -1,4 +1,4 @@
-"""Train the reasoner from scratch, on a GPU in ten minutes.
+"""Train the reasoner from scratch, on a GPU.
 
     PYTHONPATH=tools python -m reasoner.train --out reasoner --log train.csv
     PYTHONPATH=tools python -m reasoner.train --steps 3 --batch-tokens 512 --layers 1 --out look     # a look
