@@ -47,6 +47,8 @@ SWEEPS = {
     "sink_tokens": ("sink_tokens", "sinks"),
     "budgets": ("budget_tokens", "budget"),
 }
+#: policies that read more than what they attend to, in order to choose: just above a budget, more than all
+READ_MORE = ("quest",)
 #: seconds that Ray's tasks get to stop their servers
 STOPPING = 60.0
 
@@ -107,7 +109,10 @@ def read_settings(path: Path) -> list[Setting]:
     """
     entries = json.loads(path.read_text())
     if isinstance(entries, dict) and "calibration" in entries:
-        entries = _compared(entries)
+        try:
+            entries = _compared(entries)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks what a calibration compared: it has no {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of settings")
     settings = []
@@ -120,11 +125,9 @@ def read_settings(path: Path) -> list[Setting]:
 
 
 def _compared(calibration: Json) -> list[Json]:
+    names = ("full_layers", "selection_layers")
     return [
-        {
-            "name": name,
-            "delta": {key: found.get(key, value) for key, value in calibration["delta"].items()},
-        }
+        {"name": name, "delta": calibration["delta"] | {key: found[key] for key in names}}
         for name, found in calibration["calibration"]["compared"].items()
     ]
 
@@ -233,6 +236,8 @@ def activity(what: str, setting: Setting, counts: Json, longest: int) -> Json:
     `longest` is the context of the longest decode row, 0 if there was none.
     """
     budget = int(setting.delta.get("budget_tokens", DeltaConfig.budget_tokens))
+    if setting.delta.get("policy") in READ_MORE and longest:
+        budget = longest  # then nothing has to have been saved
     tokens = check_activity(f"{setting.name}, {what}", counts if longest else {}, longest, budget)
     attended, context = tokens["attended_tokens"], tokens["context_tokens"]
     return tokens | {"attended_share": round(attended / context, 6) if context else None}

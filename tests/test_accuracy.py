@@ -20,8 +20,9 @@ import accuracy
 import accuracy_lm_eval
 import lm_eval_reasoner
 from accuracy_problems import Outcomes, ask_all, question_of, wilson
-from accuracy_settings import Setting, label, parse_layers, run_jobs
+from accuracy_settings import Setting, activity, label, parse_layers, run_jobs
 from common import Accuracy, TaskAccuracy, read_csv
+from engine import BenchmarkError
 from reasoner import vocabulary
 
 FAMILIES = "chase,trace,needles"
@@ -349,9 +350,25 @@ def test_settings_come_from_a_calibration(model_folder) -> None:
     ]
 
 
+@pytest.mark.parametrize(("policy", "fails"), [("quest", False), ("delta", True)])
+def test_only_a_policy_that_reads_to_choose_may_read_more_than_all(policy, fails) -> None:
+    counts = {
+        "layers": {"sparse": {"rows": 10, "attended_tokens": 700, "context_tokens": 650}},
+        "attended_tokens": 700,
+        "context_tokens": 650,
+    }
+    setting = Setting("a", "DELTA", {"policy": policy, "budget_tokens": 64})
+    if fails:
+        with pytest.raises(BenchmarkError, match="attended to every token"):
+            activity("b", setting, counts, 65)
+    else:
+        assert activity("b", setting, counts, 65)["attended_share"] == pytest.approx(700 / 650, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--settings", "{folder}/old.json"], "it has no 'full_layers'"),
         (["--settings", "{folder}/twice.json"], "every setting needs a name of its own; several have: a"),
         (["--settings", "{folder}/odd.json"], 'a setting has "name", "backend" and "delta", not {"nom": 1}'),
         (["--lengths", "10000"], "has no positions for problems of 10000 tokens"),
@@ -365,6 +382,8 @@ def test_settings_come_from_a_calibration(model_folder) -> None:
 def test_what_makes_no_sense_is_refused(model_folder, capsys, options, message) -> None:
     (model_folder / "twice.json").write_text('[{"name": "a"}, {"name": "a"}]')
     (model_folder / "odd.json").write_text('[{"nom": 1}]')
+    old = {"delta": {"full_layers": 0}, "calibration": {"compared": {"mass": {"passes": [0, 4]}}}}
+    (model_folder / "old.json").write_text(json.dumps(old))
     with pytest.raises(SystemExit):
         settings_of(model_folder, *(option.format(folder=model_folder) for option in options))
     assert message in capsys.readouterr().err

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "build" / "demo-server.log"
 #: steps that are shown from either end of a chain
 SHOWN = 2
+#: characters of a prompt that are shown
 WIDTH = 100
 
 
@@ -56,9 +57,9 @@ def ask(server: Server, problem: Problem) -> Answer:
     return Answer(text, chat.usage.completion_tokens, check(problem, text))
 
 
-def shorten(text: str, width: int = WIDTH) -> str:
+def shorten(text: str) -> str:
     """The beginning and the end of a text."""
-    return text if len(text) <= width else f"{text[: width // 2]} ... {text[-(width // 2 - 5) :]}"
+    return text if len(text) <= WIDTH else f"{text[: WIDTH // 2]} ... {text[-(WIDTH // 2 - 5) :]}"
 
 
 def show_problem(problem: Problem) -> None:
