@@ -162,12 +162,11 @@ def test_training_ends_some_while_after_the_longest_problems(tmp_path) -> None:
 def test_batches_depend_on_seed_and_step_alone() -> None:
     from reasoner.train import IGNORED, make_batch
 
-    tokens, targets = make_batch(7, "trace", 1, 8192, 600)
-    again, _ = make_batch(7, "trace", 1, 8192, 600)
-    other, _ = make_batch(8, "trace", 1, 8192, 600)
-    assert np.array_equal(tokens, again)
-    assert tokens.shape != other.shape or not np.array_equal(tokens, other)
-    assert len(tokens) >= 2 and tokens.shape[1] % 64 == 0
+    tokens, targets, length = make_batch(7, "trace", 1, 8192, 600)
+    again, other = make_batch(7, "trace", 1, 8192, 600), make_batch(8, "trace", 1, 8192, 600)
+    assert np.array_equal(tokens, again.tokens)
+    assert tokens.shape != other.tokens.shape or not np.array_equal(tokens, other.tokens)
+    assert len(tokens) >= 2 and tokens.shape[1] % 64 == 0 and length <= tokens.shape[1] < length + 64
     rows, columns = np.nonzero(targets != IGNORED)
     assert np.array_equal(targets[rows, columns], tokens[rows, columns + 1])
 

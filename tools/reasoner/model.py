@@ -8,6 +8,7 @@ and in vLLM.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from reasoner import vocabulary
 
 EPSILON = 1e-6
+#: sequences, and tokens of each
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Size:
 
 
 class Attention(nn.Module):
-    """Causal attention with normalised queries and keys."""
+    """Causal attention with normalised queries and keys; the projections alone, see `Layer`."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -48,18 +51,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(size.head_size, EPSILON)
         self.k_norm = nn.RMSNorm(size.head_size, EPSILON)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[batch, tokens, hidden]`` to the same."""
-        batch, tokens, _ = x.shape
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(batch, tokens, -1, self.size.head_size).transpose(1, 2)
-
-        q = rotate(self.q_norm(heads(self.q_proj(x))), cos, sin)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, heads(self.v_proj(x)), is_causal=True, enable_gqa=True)
-        output: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
-        return output
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[tokens, hidden]`` to queries, keys and values, ``[tokens, heads, head_size]``."""
+        q, k, v = (
+            projection(x).view(len(x), -1, self.size.head_size)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 
 class MLP(nn.Module):
@@ -78,7 +76,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each added to what comes in."""
+    """Attention and MLP, each added to what comes in.
+
+    Sequences of several lengths lie one behind another, and only attention itself tells them apart: what is
+    before and after it is one piece of work each, of one shape, which is what a compiler likes.
+    """
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -87,11 +89,29 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(size.hidden_size, EPSILON)
         self.mlp = MLP(size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[batch, tokens, hidden]`` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return output
+
+def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a layer: ``[tokens, hidden]`` to queries, keys and values, ``[tokens, heads, head_size]``."""
+    return layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> Tensor:
+    """Causal attention in each sequence; all ``[tokens, heads, head_size]``, queries may have more heads."""
+    sizes = [count * length for count, length in shapes]
+    parts = zip(shapes, *(torch.split(x, sizes) for x in (q, k, v)), strict=True)
+    outputs = []
+    for shape, *heads in parts:
+        qs, ks, vs = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in heads)
+        y = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def after_attention(layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+    """Of a layer: what came in, ``[tokens, hidden]``, and what attention gave, to the layer's output."""
+    x = x + layer.self_attn.o_proj(attended.flatten(1))
+    output: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+    return output
 
 
 class Reasoner(nn.Module):
@@ -103,24 +123,38 @@ class Reasoner(nn.Module):
         self.embed_tokens = nn.Embedding(len(vocabulary.words()), size.hidden_size)
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.num_layers))
         self.norm = nn.RMSNorm(size.hidden_size, EPSILON)
+        self._before: Callable[..., tuple[Tensor, Tensor, Tensor]] = before_attention
+        self._after: Callable[..., Tensor] = after_attention
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 is_last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = (2 * size.num_layers) ** -0.5 if is_last else 1.0
                 nn.init.normal_(parameter, std=scale * size.hidden_size**-0.5)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Tokens, int64 ``[batch, tokens]``, to the last hidden states, ``[batch, tokens, hidden]``."""
-        cos, sin = rotations(tokens.shape[1], self.size, tokens.device)
-        x = self.embed_tokens(tokens)
+    def compile_layers(self) -> None:
+        """Compile what a layer does before and after attention, once for all layers and shapes."""
+        self._before = torch.compile(before_attention, dynamic=True)
+        self._after = torch.compile(after_attention, dynamic=True)
+
+    def hidden(self, batches: Sequence[Tensor]) -> Tensor:
+        """Batches of tokens, int64 ``[sequences, length]`` each, to the last hidden states of all of them.
+
+        Returns:
+            ``[tokens, hidden]``, one batch and sequence behind another.
+        """
+        shapes = [(len(tokens), tokens.shape[1]) for tokens in batches]
+        cos, sin = rotations(max(length for _, length in shapes), self.size, batches[0].device)
+        positions = torch.cat([torch.arange(n, device=cos.device).repeat(count) for count, n in shapes])
+        cos, sin = cos[positions][:, None], sin[positions][:, None]
+        x = self.embed_tokens(torch.cat([tokens.flatten() for tokens in batches]))
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = self._after(layer, x, attend(*self._before(layer, x, cos, sin), shapes))
         output: Tensor = self.norm(x)
         return output
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens, int64 ``[batch, tokens]``, to logits, ``[batch, tokens, words]``."""
-        return F.linear(self.hidden(tokens), self.embed_tokens.weight)
+        """Tokens, int64 ``[sequences, length]``, to logits, ``[sequences, length, words]``."""
+        return F.linear(self.hidden([tokens]), self.embed_tokens.weight).view(*tokens.shape, -1)
 
 
 def rotations(tokens: int, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -132,7 +166,7 @@ def rotations(tokens: int, size: Size, device: torch.device) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions for ``[batch, heads, tokens, head_size]``, pairing the two halves of a head."""
+    """Rotary positions for ``[tokens, heads, head_size]``, pairing the two halves of a head."""
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 

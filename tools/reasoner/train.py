@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,17 @@ LONGEST_SHARE, ANY_SHARE = 0.35, 0.25
 #: steps in which the learning rate rises
 RISE = 200
 CHECKED_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 12288, 16384)
-Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+class Batch(NamedTuple):
+    """Problems of one family."""
+
+    #: int64 ``[problems, width]``, the width being `length` or a little more
+    tokens: NDArray[np.int64]
+    #: the token that follows each, or `IGNORED`
+    targets: NDArray[np.int64]
+    #: tokens that a problem may have
+    length: int
 
 
 @dataclass
@@ -92,7 +102,7 @@ def choose_length(limit: int, generator: np.random.Generator) -> int:
 
 
 def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int) -> Batch:
-    """Tokens and targets of one family's problems, ``[problems, length]``; at least two problems."""
+    """New problems of one family, at least two."""
     generator = np.random.default_rng((seed, step, list(FAMILIES).index(family)))
     length = choose_length(limit, generator)
     count = max(2, int(batch_tokens * SHARES[family]) // length)
@@ -104,7 +114,7 @@ def make_batch(step: int, family: str, seed: int, batch_tokens: int, limit: int)
         whole, start = problem.tokens, len(problem.prompt)
         tokens[row, : len(whole)] = whole
         targets[row, start - 1 : len(whole) - 1] = whole[start:]
-    return tokens, targets
+    return Batch(tokens, targets, length)
 
 
 class Batches:
@@ -182,8 +192,8 @@ class Training:
         self.seen = 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
-        for layer in self.model.layers if arguments.compile else ():
-            layer.compile(dynamic=True)  # one graph that all layers share
+        if arguments.compile:
+            self.model.compile_layers()
 
     @property
     def steps(self) -> int:
@@ -214,32 +224,33 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        answers = torch.from_numpy(
+            np.flatnonzero(np.concatenate([batch.targets.ravel() for batch in parts.values()]) != IGNORED)
+        ).to(self.device)
+        inputs = [torch.from_numpy(batch.tokens).to(self.device) for batch in parts.values()]
+        wanted = [torch.from_numpy(batch.targets[batch.targets != IGNORED]) for batch in parts.values()]
+        with torch.autocast(self.device, torch.bfloat16):
+            hidden = self.model.hidden(inputs)[answers]
+            logits = F.linear(hidden, self.model.embed_tokens.weight).float()
         total = torch.zeros((), device=self.device)
         rights = {}
-        for family, (tokens, targets) in parts.items():
-            inputs, wanted = (
-                torch.from_numpy(array).to(self.device, non_blocking=True) for array in (tokens, targets)
-            )
-            answers = torch.from_numpy(np.flatnonzero(targets != IGNORED)).to(self.device)
-            wanted = wanted.flatten()[answers]
-            with torch.autocast(self.device, torch.bfloat16):
-                hidden = self.model.hidden(inputs).flatten(0, 1)[answers]
-                logits = F.linear(hidden, self.model.embed_tokens.weight).float()
-            loss = SHARES[family] * F.cross_entropy(logits, wanted)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            rights[family] = (logits.detach().argmax(-1) == wanted).float().mean()
-            self.seen += tokens.size
+        guesses = torch.split(logits, [len(targets) for targets in wanted])
+        for family, guess, targets in zip(parts, guesses, wanted, strict=True):
+            right = targets.to(self.device)
+            total = total + SHARES[family] * F.cross_entropy(guess, right)
+            rights[family] = (guess.detach().argmax(-1) == right).float().mean()
+        total.backward()  # type: ignore[no-untyped-call]
+        self.seen += sum(batch.tokens.size for batch in parts.values())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        loss_value, *shares = torch.stack([total, *rights.values()]).tolist()
+        loss_value, *shares = torch.stack([total.detach(), *rights.values()]).tolist()
         if not math.isfinite(loss_value):
             raise RuntimeError(f"the loss is {loss_value} at step {self.step}")
         a = self.arguments
         if self.step % a.log_every == 0 or self.step == self.steps - 1:
             self._log(rate, loss_value, dict(zip(rights, shares, strict=True)))
-        for (family, (tokens, _)), share in zip(parts.items(), shares, strict=True):
-            self.courses[family].see(tokens.shape[1], share)
+        for (family, batch), share in zip(parts.items(), shares, strict=True):
+            self.courses[family].see(batch.length, share)
 
     def _log(self, rate: float, loss: float, shares: dict[str, float]) -> None:
         row: dict[str, Any] = {
