@@ -159,6 +159,26 @@ def test_training_ends_some_while_after_the_longest_problems(tmp_path) -> None:
     assert len(rates) == 5 and rates[-1] == pytest.approx(2e-3 * min(5 / 200, 1 / 4))
 
 
+def test_training_starts_from_a_model(tmp_path) -> None:
+    """Its weights, and problems as long as its own were; problems grow from there."""
+    import torch
+    from reasoner import train
+    from reasoner.model import export
+
+    first = train_a_little(tmp_path)
+    export(first.model, tmp_path / "first")
+    options = "--out there --layers 2 --length 1024 --start"
+    training = train.Training(train.parse_arguments([*options.split(), str(tmp_path / "first")]))
+    assert {course.length for course in training.courses.values()} == {256}
+    assert {course.longest for course in training.courses.values()} == {1024}
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(training.model.state_dict()[name], value.bfloat16().float())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        train.Training(
+            train.parse_arguments([*options.replace("2", "3", 1).split(), str(tmp_path / "first")])
+        )
+
+
 def test_batches_depend_on_seed_and_step_alone() -> None:
     from reasoner.train import IGNORED, make_batch
 

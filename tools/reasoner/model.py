@@ -171,6 +171,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
+def restore(model: Reasoner, folder: Path) -> int:
+    """Take the weights that `export` wrote; returns how many positions they were trained for.
+
+    Raises:
+        RuntimeError: they are of a network of another size.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    positions: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    return positions
+
+
 def export(model: Reasoner, folder: Path) -> None:
     """Write the model in bfloat16, with its configuration and tokenizer, as transformers and vLLM load it."""
     from safetensors.torch import save_file

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 
-from reasoner.model import Reasoner, Size, export
+from reasoner.model import Reasoner, Size, export, restore
 from reasoner.problems import FAMILIES, make_problem
 
 IGNORED = -100
@@ -185,7 +185,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             groups, lr=arguments.rate, betas=(0.9, 0.98), fused=self.device == "cuda"
         )
-        self.courses = {family: Course(arguments.length) for family in FAMILIES}
+        first = SHORTEST if arguments.start is None else restore(self.model, arguments.start)
+        self.courses = {family: Course(arguments.length, min(first, arguments.length)) for family in FAMILIES}
         self.step = 0
         #: the step at which all families had come to the longest problems
         self.grown: int | None = None
@@ -292,6 +293,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; exits with a message if it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--start", type=Path, help="a model to start from, with its longest problems (none)")
     parser.add_argument("--log", type=Path, help="CSV of the training (none)")
     parser.add_argument("--steps", type=int, default=6000, help="at most (6000)")
     parser.add_argument(
