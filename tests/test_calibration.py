@@ -304,7 +304,8 @@ def calibrate(folder, prompts):
     from vllm_delta import cli
 
     settings = json.dumps({"recent_tokens": 32, "sink_tokens": 16})
-    sizes = f"--budget-tokens {BUDGET} --output-tokens 40 --scored-tokens 16 --max-prompt-tokens 400"
+    # With as long prompts as it takes by default, the model has too few positions.
+    sizes = f"--budget-tokens {BUDGET} --output-tokens 40 --scored-tokens 16"
     command = ["calibrate", str(folder), "--prompts", str(prompts), *sizes.split(), "--full-layers", "1"]
     command += ["--selection-layers", "2", "--delta", settings, "--engine", json.dumps(ENGINE)]
     status = cli.calibrate(cli.parse_arguments([*command, "--picture", str(folder / "picture.svg")]))

@@ -66,11 +66,13 @@ class Engine:
             model: as vLLM takes it.
             config: the settings to calibrate for.
             largest_budget: of which the loss will be asked, in tokens.
-            max_tokens: of the longest sequence.
+            max_tokens: of the longest sequence; less where the model cannot take as many.
             options: further arguments of ``vllm.LLM``.
         """
         from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
 
+        limit = EngineArgs(model=model, **options).create_model_config().max_model_len
         settings = {
             "page_size": config.page_size,
             "budget_tokens": largest_budget,
@@ -82,7 +84,7 @@ class Engine:
             "additional_config": {"delta": settings},
             "enforce_eager": True,
             "enable_prefix_caching": False,
-            "max_model_len": max_tokens + 1,
+            "max_model_len": min(max_tokens + 1, limit),
             "disable_log_stats": True,
             **options,
         }
