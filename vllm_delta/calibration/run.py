@@ -25,6 +25,9 @@ from vllm_delta.plan import Role, make_plan
 
 #: rows of each answer of which mass and distances are computed
 OBSERVED_ROWS = 16
+#: answers that candidates are screened on: a quarter of those searched with, but no fewer than this. What one
+#: answer needs, another may not, and the candidates that it cannot tell apart would survive by chance.
+SCREENED = 3
 #: budgets of which the loss is told, relative to the one that is calibrated for
 BUDGETS = (0.5, 1, 2)
 
@@ -121,7 +124,7 @@ def calibrate(
 ) -> Result:
     """Find the passes that lose least.
 
-    Half of the answers are searched with, a quarter of these screen candidates; what is told of the result,
+    Half of the answers are searched with, a few of these screen candidates; what is told of the result,
     and of the rules beside it, is measured on the other half.
 
     Args:
@@ -152,7 +155,7 @@ def calibrate(
     observed = engine.record(answers, OBSERVED_ROWS, progress("full attention"))
     keys = range(len(answers))
     held_out, searched = keys[1::2], keys[::2]
-    screened = searched[: max(1, len(searched) // 4)]
+    screened = searched[: max(SCREENED, len(searched) // 4)]
     measured: set[tuple[Passes, range]] = set()
 
     def loss(passes: Passes, among: range, tick: Callable[[], object]) -> Loss:
