@@ -395,6 +395,26 @@ def test_a_server_that_is_not_there_is_an_error(tmp_path, capsys) -> None:
     assert "does not name a model" in capsys.readouterr().err
 
 
+def test_picture_of_a_training(tmp_path, capsys) -> None:
+    """Of logs one after another, the same each time; other files are refused."""
+    pytest.importorskip("matplotlib")
+    import plot_training
+
+    log = tmp_path / "log.csv"
+    rows = [f"{step},{100 * step + 50},{4 / (step + 1)},128,{1 - 0.5**step}" for step in range(12)]
+    log.write_text("\n".join(["step,tokens,loss,length_chase,right_chase", *rows]))
+    pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for picture in pictures:
+        assert plot_training.main([str(log), str(log), str(picture)]) == 0
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    tokens = plot_training.read_logs([log, log])["tokens"]
+    assert tokens[12:] == [tokens[11] + seen for seen in tokens[:12]]
+    log.write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        plot_training.main([str(log), str(pictures[0])])
+    assert "no log of a training" in capsys.readouterr().err
+
+
 def test_picture(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     import plot_accuracy
