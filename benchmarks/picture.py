@@ -42,6 +42,15 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of `parser`, whose last file is the picture: `out`, an SVG or PNG."""
+    parser.add_argument("out", type=Path, help="an .svg or .png file")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".svg", ".png"):
+        parser.error("the picture's name must end in .svg or .png")
+    return args
+
+
 def run(
     argv: Sequence[str],
     benchmark: str,
@@ -60,12 +69,9 @@ def run(
     """
     parser = argparse.ArgumentParser(description=f"Picture of the {benchmark} benchmark, from its CSV.")
     parser.add_argument("csv", type=Path)
-    parser.add_argument("out", type=Path, help="an .svg or .png file")
     parser.add_argument("--commit", help="as in the CSV; default: the latest row's")
     parser.add_argument("--shape", help="as in the CSV; default: the latest row's")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".svg", ".png"):
-        parser.error("the picture's name must end in .svg or .png")
+    args = parse(parser, argv)
     try:
         rows = choose(read_csv(args.csv, kind), args.commit, args.shape)
     except (OSError, ValueError) as error:

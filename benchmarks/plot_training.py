@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from picture import COLOURS, STYLE, save
+from picture import COLOURS, STYLE, parse, save
 
 Log = dict[str, list[float]]
 #: least share of wrong tokens, and loss, that is drawn; a batch has some 20,000 answer tokens
@@ -69,10 +69,7 @@ def main(argv: Sequence[str]) -> int:
     """Draw the picture; returns the exit status."""
     parser = argparse.ArgumentParser(description="Picture of a reasoner's training, from its logs.")
     parser.add_argument("logs", type=Path, nargs="+", help="CSV files, in the order of the training's parts")
-    parser.add_argument("out", type=Path, help="an .svg or .png file")
-    arguments = parser.parse_args(argv)
-    if arguments.out.suffix not in (".svg", ".png"):
-        parser.error("the picture's name must end in .svg or .png")
+    arguments = parse(parser, argv)
     try:
         log = read_logs(arguments.logs)
     except (OSError, ValueError) as error:
