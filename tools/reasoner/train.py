@@ -12,7 +12,8 @@ while after all families have come to the longest problems, and falls to zero.
 The log has, every so many steps, the loss, and each family's length and share of right tokens. `--check` adds
 problems of several lengths that are solved with the right answer so far given (teacher-forced): all of an
 answer's tokens have to be right, which is when a greedy answer is. With `--checkpoint` and `--stop-after`, a
-training goes on where an earlier call of the same seed stopped.
+training goes on where an earlier call of the same seed stopped; `--start` begins another one with an exported
+model, and with problems as long as that model's longest.
 """
 
 from __future__ import annotations
