@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+# A small model that solves problems by long chains of steps.
+REASONER := tools/reasoner/trained
 
 EXTENSION_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CLANG_FORMAT_FILES := $(filter %.c %.cc %.cpp %.cu %.cuh %.h %.hpp,$(EXTENSION_SOURCES))
@@ -24,15 +26,13 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make .venv with vLLM and this project in it
 
-demo: $(INSTALLED) ## serve a small model, ask it two questions, count the tokens read
-	$(PY) tools/demo.py $(ARGS)
+demo: $(INSTALLED) ## let the reasoner solve problems, full attention and DELTA: make demo [ARGS=...]
+	PYTHONPATH=tools $(PY) -m reasoner.demo $(or $(MODEL),$(REASONER)) $(ARGS)
 
 # On a CPU vLLM would take 92 % of the memory for its cache and fail if that much is not free.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 4
 serve: $(INSTALLED) ## serve in the foreground: make serve [MODEL=...] [ARGS=...]
-	@model='$(MODEL)'; \
-	if [ -z "$$model" ]; then model=$$($(PY) tools/demo_model.py) || exit 1; fi; \
-	set -x; exec $(BIN)/vllm serve "$$model" --attention-backend DELTA $(ARGS)
+	exec $(BIN)/vllm serve $(or $(MODEL),$(REASONER)) --attention-backend DELTA $(ARGS)
 
 test: $(INSTALLED) ## run the test suite: make test [ARGS=...]
 	$(PY) -m pytest $(ARGS)

@@ -219,6 +219,23 @@ def test_problems_grow_when_they_are_mastered() -> None:
     assert course.length == course.longest
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trained_model_solves_problems(family: str) -> None:
+    """Every token of the right answer is the likeliest one, so a greedy answer is exact."""
+    import torch
+    from reasoner.demo import ROOT
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "tools" / "reasoner" / "trained", dtype=torch.float32)
+    generator = np.random.default_rng([*family.encode()])
+    for length in (300, 1000, 2000):
+        problem = make_problem(family, length, generator)
+        tokens, start = torch.from_numpy(problem.tokens), len(problem.prompt)
+        with torch.no_grad():
+            guesses = model(tokens[None]).logits[0].argmax(-1)
+        assert torch.equal(guesses[start - 1 : -1], tokens[start:])
+
+
 class FakeServer:
     """Answers as `solve` does, but for one wrong digit in the middle under DELTA."""
 

@@ -1,6 +1,6 @@
 """Build a small language model with random weights, entirely from what is in this repository.
 
-The demo and the tests need a model that vLLM serves like any other, with no model hub to fetch one
+The tests need a model that vLLM serves like any other, with no model hub to fetch one
 from. The architecture is real (llama, qwen2 or qwen3, any grouping of query heads), the weights
 are drawn from a fixed seed and the tokenizer is a byte-level BPE trained on the repository's own
 text. What it writes is gibberish; what its attention does is not trivial:
@@ -14,11 +14,9 @@ text. What it writes is gibberish; what its attention does is not trivial:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,20 +50,6 @@ def repository_texts() -> Iterator[str]:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file():
                 yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def repository_text(num_chars: int) -> str:
-    """Exactly that many characters of text for prompts, repeated if the repository has fewer."""
-    text = "\n\n".join(repository_texts()) or "The quick brown fox jumps over the lazy dog.\n"
-    return (text * (num_chars // len(text) + 1))[:num_chars]
-
-
-def default_model() -> Path:
-    """The model that the demo and ``make serve`` run; built the first time it is asked for.
-
-    It is stored in bfloat16 because that is what vLLM would turn it into.
-    """
-    return build_demo_model(ROOT / "build" / "demo-model", dtype="bfloat16")
 
 
 def build_demo_model(
@@ -267,29 +251,3 @@ def _initialise(
         elif "down_proj" in name:
             std *= 2.0 * num_layers**-0.5
         parameter.normal_(0.0, std, generator=generator)
-
-
-def main() -> int:
-    """Build one model and print where it is."""
-    defaults = inspect.signature(build_demo_model).parameters
-    parser = argparse.ArgumentParser(description="build a small model with random weights")
-    parser.add_argument("out", type=Path, nargs="?", help="folder; build/demo-model if not given")
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=defaults[name].default)
-    for name in ("max_position_embeddings", "num_merges", "seed"):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=defaults[name].default)
-    parser.add_argument("--score-std", type=float, default=defaults["score_std"].default)
-    parser.add_argument("--intermediate-size", type=int)
-    parser.add_argument("--sliding-window", type=int)
-    options = vars(parser.parse_args())
-    out = options.pop("out")
-    print(default_model() if out is None else build_demo_model(out, **options))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

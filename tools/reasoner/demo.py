@@ -1,6 +1,6 @@
 """Let a trained reasoner solve problems under full attention and under DELTA, and check every step.
 
-    PYTHONPATH=tools python -m reasoner.demo build/reasoner
+    PYTHONPATH=tools python -m reasoner.demo tools/reasoner/trained
 
 Everything is local: the model is a folder, each of the two servers listens on the loopback address. One
 problem of each family is asked as a chat; the answers are chains of steps, each of which needs something from
@@ -28,6 +28,8 @@ from reasoner.problems import FAMILIES, Outcome, Problem, check, make_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "build" / "demo-server.log"
+#: the layers are those of the file that a calibration left beside the model
+DELTA = {"budget_tokens": 512}
 #: steps that are shown from either end of a chain
 SHOWN = 2
 #: characters of a prompt that are shown
@@ -128,7 +130,9 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="folder of a trained reasoner")
     parser.add_argument("--length", type=int, default=4096, help="tokens of prompt and answer (4096)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
-    parser.add_argument("--delta", metavar="JSON", type=json_object, default={}, help="DELTA's settings")
+    parser.add_argument(
+        "--delta", metavar="JSON", type=json_object, default=DELTA, help=f"settings ({json.dumps(DELTA)})"
+    )
     arguments, extra = parser.parse_known_args()
     try:
         problems = [
