@@ -157,8 +157,10 @@ def _logit_tokens(
     most: int = max_rows * vllm_config.model_config.max_model_len
     if device.type != "cuda":
         return most
-    free, total = torch.cuda.mem_get_info(device)
-    left = max(0, free - int((1 - vllm_config.cache_config.gpu_memory_utilization) * total))
+    left = vllm_config.cache_config.kv_cache_memory_bytes
+    if left is None:
+        free, total = torch.cuda.mem_get_info(device)
+        left = max(0, free - int((1 - vllm_config.cache_config.gpu_memory_utilization) * total))
     itemsize = (
         1 if layers[0].impl.kv_cache_dtype.startswith("fp8") else vllm_config.model_config.dtype.itemsize
     )
