@@ -28,7 +28,10 @@ from picture import COLOURS, STYLE, run, save
 
 from vllm_delta.config import DeltaConfig
 
-LINE_COLOURS = (*COLOURS[1:], "#56b4e9", "#e69f00", "#30363d")
+LINE_COLOURS = (
+    *COLOURS[1:],
+    *("#56b4e9", "#e69f00", "#30363d", "#8c564b", "#bcbd22", "#7b5ea7", "#8b949e"),
+)
 MARKERS = "osD^vP"
 
 

@@ -227,7 +227,7 @@ def _lengths(answer: Answer) -> range:
 def describe_run(model: str, prompts: str) -> dict[str, Any]:
     """What the file says of where it comes from."""
     return {
-        "model": model,
+        "model": Path(model).resolve().name if Path(model).is_dir() else model,
         "prompts": prompts,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "vllm": importlib.metadata.version("vllm"),

@@ -157,7 +157,7 @@ def _logit_tokens(
     most: int = max_rows * vllm_config.model_config.max_model_len
     if device.type != "cuda":
         return most
-    left = vllm_config.cache_config.kv_cache_memory_bytes
+    left: int | None = vllm_config.cache_config.kv_cache_memory_bytes
     if left is None:
         free, total = torch.cuda.mem_get_info(device)
         left = max(0, free - int((1 - vllm_config.cache_config.gpu_memory_utilization) * total))
