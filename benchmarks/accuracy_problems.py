@@ -136,7 +136,7 @@ def ask(client: OpenAI, model: str, max_model_len: int | None, question: Json) -
 
 
 def fingerprint(folder: Path) -> str:
-    """The start of the SHA-256 of a model's configuration, tokenizer and weights."""
+    """The start of the SHA-256 of a model's configuration, tokenizer, weights and calibration."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin")):
         with path.open("rb") as file:
