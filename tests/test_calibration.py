@@ -322,6 +322,7 @@ def test_the_command_writes_what_a_server_finds(tiny_model, tmp_path):
     status, config, counts = in_fresh_process(calibrate, folder, prompts, **ONE_THREAD)
     assert status == 0
     written = json.loads((folder / CALIBRATION_FILE).read_text())
+    assert written["calibration"]["model"] == folder.name
     layers = {name: written["delta"][name] for name in ("full_layers", "selection_layers")}
     assert layers["full_layers"] + len(layers["selection_layers"]) == 3
     assert {name: config["delta"][name] for name in layers} == layers
