@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from common import Row, read_csv
+from common import Row, Run, read_csv
 from matplotlib.figure import Figure
 
 TIMES = "\u00d7"
@@ -32,6 +32,14 @@ STYLE: dict[Any, Any] = {
 }
 
 Choose = Callable[[Sequence[Row], str | None, str | None], list[Row]]
+
+
+def versions(row: Run) -> str:
+    """With which versions something was measured, for a caption."""
+    return (
+        f"vLLM {row.vllm}, torch {row.torch}, vllm-delta {row.vllm_delta} · "
+        f"commit {row.commit}, {row.date[:10]}"
+    )
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from picture import COLOURS, STYLE, run, save
+from picture import COLOURS, STYLE, run, save, versions
 
 from vllm_delta.config import DeltaConfig
 
@@ -118,8 +118,7 @@ def caption(row: Accuracy) -> str:
     """What was measured, on what, with which versions."""
     return (
         f"{row.shape} ({row.weights}), {row.dtype}, {row.problems} problems each, seed {row.seed}, greedy; "
-        f"intervals: 95% · {row.machine} · vLLM {row.vllm}, torch {row.torch}, vllm-delta {row.vllm_delta} · "
-        f"commit {row.commit}, {row.date[:10]}"
+        f"intervals: 95% · {row.machine} · {versions(row)}"
     )
 
 

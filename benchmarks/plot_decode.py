@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from common import Case, Measurement, Summary, summarise
 from matplotlib.axes import Axes
-from picture import COLOURS, STYLE, TIMES, run, save
+from picture import COLOURS, STYLE, TIMES, run, save, versions
 
 
 def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -> list[Measurement]:
@@ -91,8 +91,7 @@ def caption(rows: Sequence[Measurement]) -> str:
     rounds = len({(row.date, row.round) for row in rows})
     return (
         f"{last.shape} shape, {last.dtype}, random weights, median of {rounds} round{'s' * (rounds > 1)} · "
-        f"{last.machine}, {last.cores} cores · vLLM {last.vllm}, torch {last.torch}, "
-        f"vllm-delta {last.vllm_delta} · commit {last.commit}, {last.date[:10]}"
+        f"{last.machine}, {last.cores} cores · {versions(last)}"
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from common import Generation
 from engine import DELTA
-from picture import COLOURS, STYLE, TIMES, run, save
+from picture import COLOURS, STYLE, TIMES, run, save, versions
 
 
 def choose(rows: Sequence[Generation], commit: str | None, shape: str | None) -> list[Generation]:
@@ -39,8 +39,7 @@ def caption(row: Generation) -> str:
     """What was measured, on what, with which versions."""
     return (
         f"{row.shape} shape, {row.dtype}, random weights, prompts of {row.prompt} tokens · "
-        f"{row.machine}, {row.cores} cores · vLLM {row.vllm}, torch {row.torch},\n"
-        f"vllm-delta {row.vllm_delta} · commit {row.commit}, {row.date[:10]}"
+        f"{row.machine}, {row.cores} cores\n{versions(row)}"
     )
 
 

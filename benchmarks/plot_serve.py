@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from common import Serving
 from engine import DELTA
-from picture import COLOURS, STYLE, TIMES, run, save
+from picture import COLOURS, STYLE, TIMES, run, save, versions
 
 #: of the distance between rates, what its bars take together
 GROUP_WIDTH = 0.8
@@ -38,11 +38,8 @@ def choose(rows: Sequence[Serving], commit: str | None, shape: str | None) -> li
 
 def caption(row: Serving) -> str:
     """What was measured, on what, with which versions."""
-    return (
-        f"{row.shape} shape, {row.dtype}, random weights · {row.machine}, {row.cores} cores · "
-        f"vLLM {row.vllm}, torch {row.torch},\n"
-        f"vllm-delta {row.vllm_delta} · commit {row.commit}, {row.date[:10]}"
-    )
+    what = f"{row.shape} shape, {row.dtype}, random weights"
+    return f"{what} · {row.machine}, {row.cores} cores\n{versions(row)}"
 
 
 def draw(rows: Sequence[Serving], path: Path) -> None:
