@@ -6,9 +6,9 @@ Importing it chooses matplotlib's backend without a display.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 
@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from common import Row, Run, read_csv
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TIMES = "\u00d7"
@@ -31,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e3e6ea",
 }
 
+Group = TypeVar("Group", bound=Hashable)
 Choose = Callable[[Sequence[Row], str | None, str | None], list[Row]]
 
 
@@ -40,6 +42,34 @@ def versions(row: Run) -> str:
         f"vLLM {row.vllm}, torch {row.torch}, vllm-delta {row.vllm_delta} · "
         f"commit {row.commit}, {row.date[:10]}"
     )
+
+
+def grouped_bars(
+    axes: Axes, groups: Mapping[Group, str], colours: Mapping[str, str]
+) -> dict[tuple[Group, str], float]:
+    """Label the groups on the x axis, and the arms in the legend; returns where each bar stands.
+
+    Args:
+        axes: that are for these bars alone.
+        groups: their labels, in order.
+        colours: of the arms, in order.
+    """
+    width = bar_width(colours)
+    axes.set_xticks(range(len(groups)), list(groups.values()))
+    axes.grid(False, axis="x")
+    axes.tick_params(length=0)
+    for arm, colour in colours.items():
+        axes.bar([0], [0], color=colour, label=arm)  # the legend's entry
+    return {
+        (group, arm): i + (j - (len(colours) - 1) / 2) * width
+        for i, group in enumerate(groups)
+        for j, arm in enumerate(colours)
+    }
+
+
+def bar_width(arms: Collection[str]) -> float:
+    """Leaves a gap between groups."""
+    return 0.8 / max(2, len(arms))
 
 
 def save(figure: Figure, path: Path) -> None:

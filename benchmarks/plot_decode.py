@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from common import Case, Measurement, Summary, summarise
 from matplotlib.axes import Axes
-from picture import COLOURS, STYLE, TIMES, run, save, versions
+from picture import COLOURS, STYLE, TIMES, bar_width, grouped_bars, run, save, versions
 
 
 def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -> list[Measurement]:
@@ -31,34 +31,19 @@ def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -
     return [row for row in wanted if kind(row) == kind(wanted[-1])]
 
 
-def grouped_bars(
+def places_of(
     axes: Axes, summaries: Sequence[Summary], arms: Sequence[str], colours: dict[str, str]
 ) -> dict[tuple[Case, str], float]:
-    """Label the cases on the x axis; returns where the bar of each case and arm stands."""
-    cases = list(dict.fromkeys(summary.case for summary in summaries))
-    width = bar_width(arms)
-    axes.set_xticks(range(len(cases)), [str(case).replace("x", f" {TIMES} ") for case in cases])
+    """Where the bar of each case and arm stands."""
+    labels = {summary.case: str(summary.case).replace("x", f" {TIMES} ") for summary in summaries}
     axes.set_xlabel(f"sequences {TIMES} context tokens")
-    axes.grid(False, axis="x")
-    axes.tick_params(length=0)
-    for arm in arms:
-        axes.bar([0], [0], color=colours[arm], label=arm)  # the legend's entry
-    return {
-        (case, arm): i + (j - (len(arms) - 1) / 2) * width
-        for i, case in enumerate(cases)
-        for j, arm in enumerate(arms)
-    }
-
-
-def bar_width(arms: Sequence[str]) -> float:
-    """Leaves a gap between cases."""
-    return 0.8 / max(2, len(arms))
+    return grouped_bars(axes, labels, {arm: colours[arm] for arm in arms})
 
 
 def draw_times(axes: Axes, summaries: Sequence[Summary], colours: dict[str, str]) -> None:
     """Bars of ms per step, and the legend of the whole picture."""
     arms = list(dict.fromkeys(summary.arm for summary in summaries))
-    places = grouped_bars(axes, summaries, arms, colours)
+    places = places_of(axes, summaries, arms, colours)
     for s in summaries:
         bar = axes.bar(places[s.case, s.arm], s.ms_per_step, bar_width(arms) * 0.94, color=colours[s.arm])
         axes.bar_label(bar, [f"{s.ms_per_step:.{0 if s.ms_per_step >= 100 else 1}f}"], padding=2, fontsize=8)
@@ -71,7 +56,7 @@ def draw_speedups(axes: Axes, summaries: Sequence[Summary], colours: dict[str, s
     """Bars of the speed-up over the baseline, and a line at 1."""
     compared = [summary for summary in summaries if summary.speedups]
     arms = list(dict.fromkeys(summary.arm for summary in compared))
-    places = grouped_bars(axes, compared, arms, colours)
+    places = places_of(axes, compared, arms, colours)
     for s in compared:
         value = s.speedup
         assert value is not None

@@ -10,18 +10,17 @@ byte for byte.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from common import Serving
 from engine import DELTA
-from picture import COLOURS, STYLE, TIMES, run, save, versions
-
-#: of the distance between rates, what its bars take together
-GROUP_WIDTH = 0.8
+from matplotlib.axes import Axes
+from picture import COLOURS, STYLE, TIMES, bar_width, grouped_bars, run, save, versions
 
 
 def choose(rows: Sequence[Serving], commit: str | None, shape: str | None) -> list[Serving]:
@@ -42,47 +41,65 @@ def caption(row: Serving) -> str:
     return f"{what} · {row.machine}, {row.cores} cores\n{versions(row)}"
 
 
+def draw_bars(
+    axes: Axes, rows: Sequence[Serving], colours: dict[str, str], value: Callable[[Serving], float]
+) -> dict[tuple[float, str], float]:
+    """One bar of `value` per row; returns where those of each rate and arm stand."""
+    rates = sorted({row.request_rate for row in rows})
+    labels = {rate: "all at once" if math.isinf(rate) else f"{rate:g} a second" for rate in rates}
+    places = grouped_bars(axes, labels, colours)
+    for row in rows:
+        place = places[row.request_rate, row.arm]
+        axes.bar(place, value(row), bar_width(colours), color=colours[row.arm])
+    return places
+
+
+def draw_throughput(axes: Axes, rows: Sequence[Serving], colours: dict[str, str]) -> None:
+    """Tokens per second, with their ratio to the baseline's, and the legend of the whole picture."""
+    first = rows[0]
+    places = draw_bars(axes, rows, colours, lambda row: row.output_throughput)
+    for row, dense in compared(rows):
+        gain = row.output_throughput / dense.output_throughput
+        tell_gain(axes, places[row.request_rate, row.arm], row.output_throughput, gain)
+    axes.set_title("generated tokens per second", loc="left")
+    axes.set_xlabel(f"{first.prompts} requests, {first.input} tokens in, {first.output} out")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def draw_latency(axes: Axes, rows: Sequence[Serving], colours: dict[str, str]) -> None:
+    """Time per output token, with the ratio of the baseline's median to it."""
+    places = draw_bars(axes, rows, colours, lambda row: row.median_tpot_ms)
+    for row in rows:
+        place = places[row.request_rate, row.arm]
+        axes.vlines(place, row.median_tpot_ms, row.p99_tpot_ms, color="#57606a", linewidth=1.5)
+    for row, dense in compared(rows):
+        gain = dense.median_tpot_ms / row.median_tpot_ms
+        tell_gain(axes, places[row.request_rate, row.arm], row.p99_tpot_ms, gain)
+    axes.set_title("time per output token, ms", loc="left")
+    axes.set_xlabel("bars: median; lines: up to the 99th percentile")
+
+
+def compared(rows: Sequence[Serving]) -> list[tuple[Serving, Serving]]:
+    """Rows with the baseline's of the same rate, which is the first arm."""
+    baseline = {row.request_rate: row for row in rows if row.arm == rows[0].arm}
+    others = [row for row in rows if row.arm != rows[0].arm and row.request_rate in baseline]
+    return [(row, baseline[row.request_rate]) for row in others]
+
+
+def tell_gain(axes: Axes, place: float, top: float, gain: float) -> None:
+    """Write a ratio above a bar."""
+    axes.text(place, top, f"{gain:.2f}{TIMES}", ha="center", va="bottom", fontsize=9)
+
+
 def draw(rows: Sequence[Serving], path: Path) -> None:
     """Write the picture of `rows` to `path`; its suffix names the format."""
-    first = rows[0]
-    rates = sorted({row.request_rate for row in rows})
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    width = GROUP_WIDTH / len(arms)
-    places = {
-        (arm, rate): group + (index - (len(arms) - 1) / 2) * width
-        for group, rate in enumerate(rates)
-        for index, arm in enumerate(arms)
-    }
-    baseline = {row.request_rate: row for row in rows if row.arm == arms[0]}
+    arms = dict.fromkeys(row.arm for row in rows)
+    colours = dict(zip(arms, itertools.cycle(COLOURS), strict=False))
     with plt.rc_context(STYLE):
         figure, (throughput, latency) = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
-        for arm, colour in zip(arms, COLOURS, strict=False):
-            own = [row for row in rows if row.arm == arm]
-            x = [places[arm, row.request_rate] for row in own]
-            throughput.bar(x, [row.output_throughput for row in own], width, color=colour, label=arm)
-            medians = [row.median_tpot_ms for row in own]
-            latency.bar(x, medians, width, color=colour, label=arm)
-            latency.vlines(x, medians, [row.p99_tpot_ms for row in own], color="#57606a", linewidth=1.5)
-            for place, row in zip(x, own, strict=True):
-                dense = baseline.get(row.request_rate)
-                if dense is not None and arm != arms[0]:
-                    for axes, value, gain in (
-                        (throughput, row.output_throughput, row.output_throughput / dense.output_throughput),
-                        (latency, row.p99_tpot_ms, dense.median_tpot_ms / row.median_tpot_ms),
-                    ):
-                        axes.text(place, value, f"{gain:.2f}{TIMES}", ha="center", va="bottom", fontsize=9)
-        names = ["all at once" if math.isinf(rate) else f"{rate:g} a second" for rate in rates]
-        for axes, title in (
-            (throughput, "generated tokens per second"),
-            (latency, "time per output token, ms"),
-        ):
-            axes.set_title(title, loc="left")
-            axes.set_xticks(range(len(rates)), names)
-            axes.grid(visible=False, axis="x")
-        throughput.set_xlabel(f"{first.prompts} requests, {first.input} tokens in, {first.output} out")
-        latency.set_xlabel("bars: median; lines: up to the 99th percentile")
-        throughput.legend(frameon=False, loc="upper left")
-        figure.supxlabel(caption(first), fontsize=7.5, color="#57606a")
+        draw_throughput(throughput, rows, colours)
+        draw_latency(latency, rows, colours)
+        figure.supxlabel(caption(rows[0]), fontsize=7.5, color="#57606a")
         save(figure, path)
 
 
