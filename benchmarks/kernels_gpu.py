@@ -119,7 +119,7 @@ class Layers:
             self.schedule, self.rows, self.shape, 2, self.workspace, self.selection, counters, 0
         )
         self.counters = counters
-        self.output = torch.empty_like(self.queries[0])
+        self.output = torch.zeros_like(self.queries[0])  # a launch between the schedule's and the layer's
         self.parameters = ops.AttentionParameters(self.shape.head_size**-0.5, torch.bfloat16)
 
     def _inputs(self, copy: int) -> ops.LayerInputs:

@@ -162,10 +162,11 @@ def attention_kernel(
     COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One piece of one row, for the query heads of one KV head."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()  # for what the step has written so far
-        tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
+    """One piece of one row, for the query heads of one KV head.
+
+    With PDL, what is read of pieces and tables is read while the launch ahead of this one ends, so that must
+    not be the one that writes them.
+    """
     piece = tl.program_id(0)
     kv_head = tl.program_id(1)
     record_ptr = pieces_ptr + piece * 8
@@ -177,6 +178,8 @@ def attention_kernel(
     table_end = tl.load(record_ptr + 5)
     first_logit_tile = tl.load(record_ptr + 6)
     if row < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
         return
 
     heads: tl.constexpr = H // KV_HEADS
@@ -186,22 +189,25 @@ def attention_kernel(
     dim = tl.arange(0, D_PAD)
     has_dim = dim < D
     position = tl.arange(0, TILE)
+    block_row_ptr = block_table_ptr + request * block_table_stride
+    table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
+    selected = table_end > 0
+    entry = load_entries(
+        begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, PAGE, BLOCK
+    )
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for query and cache, which the launch ahead may have written
+        tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
     query_row_ptr = query_ptr + token_of_row * query_stride_token
     q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_stride_head).to(COMPUTE)
     if QUANTIZED:
         scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
-    block_row_ptr = block_table_ptr + request * block_table_stride
-    table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
-    selected = table_end > 0
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
     logit_columns = tl.where(first_logit_tile >= 0, GROUP, 0)
 
     maximum = tl.full([COLUMNS], -float("inf"), tl.float32)
     totals = tl.zeros([TILE, COLUMNS], tl.float32)  # of each place in a tile, summed up at the end
     accumulated = tl.zeros([D_PAD, COLUMNS], tl.float32)
-    entry = load_entries(
-        begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, PAGE, BLOCK
-    )
     for start in range(begin, end, TILE):
         token = start + position
         offsets = entry_offsets(

@@ -294,6 +294,10 @@ def make_schedule(
 ) -> None:
     """Cut rows into pieces, for all layers of one step.
 
+    Another launch has to lie between this one and the first layer's, and between a selection layer's and the
+    next sparse layer's, as there is in any model: on some GPUs a layer reads its schedule and its tables while
+    the launch ahead of it still runs.
+
     Args:
         schedule: is written; has room for the rows.
         rows: at most `workspace.max_rows`.
