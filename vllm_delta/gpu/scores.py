@@ -85,11 +85,11 @@ def score_logits_kernel(
         )
         if TILE <= SUBTILE:
             maximum = tl.load(maxima_ptr + column, mask=has_column, other=0.0)
-            x = (maximum - lse)[None, :] - decode_distance(code)
+            x = (maximum + 1.0 - lse)[None, :] - decode_distance(code)
         else:
             offsets = column[None, :] + (position // SUBTILE * (KV_HEADS * GROUP))[:, None]
             maximum = tl.load(maxima_ptr + offsets, mask=has_column[None, :], other=0.0)
-            x = maximum - lse[None, :] - decode_distance(code)
+            x = maximum - (lse - 1.0)[None, :] - decode_distance(code)
         best = tl.max(x, 1)
         store_page_scores(best, start + position < end, scores_row_ptr, start, length, PAGE, TILE)
 
