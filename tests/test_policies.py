@@ -12,7 +12,7 @@ import torch
 from conftest import in_fresh_process
 from dense_mask import logprobs_with_choices
 from engines import start_engine
-from gpu_cases import DEVICE, Batch, Case, expect
+from gpu_cases import DEVICE, Batch, Case, expect, expect_sparse
 from policy_masks import MASKS, Budget, MaskRow
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -415,6 +415,35 @@ def test_chunks_of_cuda_layers():
         assert impl.delta.counters.as_dict()["layers"]["sparse"]["rows"] == 4
     assert tables[0] == tables[1]
     torch.testing.assert_close(outputs[0], outputs[1], atol=0.01, rtol=0.01)
+
+
+def test_first_layer_schedules_all():
+    """Nothing is worked out before the first layer runs: until then lengths may change, as in a graph."""
+    batch = Batch(Case((200, 40, 0, 150, 97), dense_rows=(3,)))
+    config = settings(Budget(64, 16, 16, 16), "delta")
+    impl, _ = cuda_layer(batch, config, Role.SELECTION)
+    state = impl.delta
+    state.schedules[batch.shape] = [batch.schedule]
+    state.recall.active = False
+    builder = object.__new__(DeltaCUDAMetadataBuilder)
+    builder.delta, builder._shape, builder._eligible = state, batch.shape, [impl]
+    builder.model_config = SimpleNamespace(dtype=batch.case.dtype)
+    lengths = batch.rows.lengths.clone()
+    batch.rows.lengths.fill_(1)
+    metadata = SimpleNamespace(
+        chunks=builder._chunks(batch.rows), prefill=None, block_table=batch.block_table, group=builder
+    )
+    batch.rows.lengths.copy_(lengths)
+    layer = SimpleNamespace(layer_name="model.layers.5.attn")
+    for role, impl.schedules in ((Role.SELECTION, True), (Role.SPARSE, False)):
+        impl.role = role
+        output = torch.full(batch.query.shape, math.nan, dtype=batch.case.dtype, device=DEVICE)
+        impl.forward(layer, batch.query, None, None, batch.kv_cache, metadata, output)
+        for row in (0, 1, 3, 4):
+            selected = role is Role.SELECTION
+            exact = expect(batch, row).full if selected else expect_sparse(batch, row, batch.kept(row))
+            actual = output[int(batch.rows.tokens[row])]
+            torch.testing.assert_close(actual.double(), exact, atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize(

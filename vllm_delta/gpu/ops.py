@@ -294,9 +294,9 @@ def make_schedule(
 ) -> None:
     """Cut rows into pieces, for all layers of one step.
 
-    Another launch has to lie between this one and the first layer's, and between a selection layer's and the
-    next sparse layer's, as there is in any model: on some GPUs a layer reads its schedule and its tables while
-    the launch ahead of it still runs.
+    Another launch has to lie between this one and the first layer's (else see `selection_attention`), and
+    between a selection layer's and the next sparse layer's, as there is in any model: on some GPUs a layer
+    reads its schedule and its tables while the launch ahead of it still runs.
 
     Args:
         schedule: is written; has room for the rows.
@@ -345,6 +345,8 @@ def selection_attention(
     counters: Tensor,
     output: Tensor,
     table: SelectionTable,
+    *,
+    just_scheduled: bool = False,
 ) -> None:
     """A selection layer: full attention, and the pages for the sparse layers after it.
 
@@ -355,8 +357,19 @@ def selection_attention(
         counters: int64 ``[5]``: rows, attended tokens, context tokens, dense rows, rows within the budget.
         output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
         table: of at least as many rows; is written.
+        just_scheduled: whether `make_schedule` may have been the launch before this one.
     """
-    _attention(inputs, workspace, selection, counters, output, table, sparse=False, frames=False)
+    _attention(
+        inputs,
+        workspace,
+        selection,
+        counters,
+        output,
+        table,
+        sparse=False,
+        frames=False,
+        dependent=not just_scheduled,
+    )
     page_scores(inputs, workspace, selection)
     select_pages(
         workspace.scores, inputs.rows, inputs.block_table, inputs.kv_cache.shape[2], selection, table
@@ -499,6 +512,7 @@ def _attention(
     *,
     sparse: bool,
     frames: bool,
+    dependent: bool = True,
 ) -> None:
     entries = table.frames if frames else table.pages
     _check(inputs, workspace, selection, output, entries)
@@ -547,7 +561,7 @@ def _attention(
         COMPUTE=_COMPUTE[parameters.dtype],
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
-        **_dependent_launch(query.device),
+        **_dependent_launch(query.device, dependent),
     )
     sinks = parameters.sinks
     combine_kernel[(len(rows), shape.num_heads)](
@@ -644,6 +658,8 @@ def _has_dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel that does so."""
-    return {"PDL": True, "launch_pdl": True} if _has_dependent_launch(device) else {"PDL": False}
+def _dependent_launch(device: torch.device, dependent: bool = True) -> dict[str, bool]:
+    """Options of a kernel that does so, if it is to."""
+    if dependent and _has_dependent_launch(device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}

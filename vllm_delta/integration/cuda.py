@@ -4,8 +4,9 @@ Prefill tokens, full layers and layers that DELTA does not make sparse go to Fla
 Decode rows of selection and sparse layers go to DELTA's kernels, whose launches depend on the number of rows
 alone: steps of single tokens replay full CUDA graphs, mixed steps run between piecewise ones.
 
-What a step's layers need is prepared in `DeltaCUDAMetadataBuilder.build`, which vLLM calls before every step,
-also before it replays a graph; nothing there waits for the GPU.
+What a step's layers need of the host is prepared in `DeltaCUDAMetadataBuilder.build`, which vLLM calls before
+every step, also before it replays a graph; nothing there waits for the GPU. What the GPU can work out itself,
+the first layer launches, so that a graph has it.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class PrefillPart:
 class DeltaCUDAMetadata(FlashAttentionMetadata):  # type: ignore[misc]
     """FlashAttention's metadata of the whole batch, and how DELTA splits it."""
 
-    #: decode rows, in chunks that one launch takes, each with its schedule; none where all is prefill
+    #: decode rows, in chunks that one launch takes, each with its schedule, which the group's first layer
+    #: makes; none where all is prefill
     chunks: list[tuple[ops.DecodeRows, ops.Schedule]] = field(default_factory=list)
     #: the same rows on the host, where something runs in Python
     rows: list[RowIndex] = field(default_factory=list)
@@ -157,13 +159,16 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.delta = set_up(vllm_config, device)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
-        impls = [layer.impl for layer in layers if isinstance(layer.impl, DeltaCUDAImpl)]
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        in_order = (layers[name].impl for name in sorted(layers, key=extract_layer_index))
+        impls = [impl for impl in in_order if isinstance(impl, DeltaCUDAImpl)]
         self._eligible = [impl for impl in impls if impl.role is not None]
         self._sliding = sum(impl.role is None and impl.sliding_window != (-1, -1) for impl in impls)
         self._not_eligible = len(impls) - len(self._eligible) - self._sliding
+        self._shape = ops.LayerShape(self.num_heads_q, self.num_heads_kv, self.headdim)
         if self._eligible:
             check_block_size(self.delta.config, self.block_size)
+            self._eligible[0].schedules = True
             self.delta.step_layer = self.delta.step_layer or layer_names[0]
         self._counts_steps = self.delta.step_layer == layer_names[0]
 
@@ -184,7 +189,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         single = common.max_query_len == 1
         rows = self._single_token_rows(common) if single else self._split(common, metadata)
         if rows is not None:
-            metadata.chunks = self._schedule(rows)
+            metadata.chunks = self._chunks(rows)
             if state.observer is not None or not state.config.runs_kernels_alone:
                 metadata.rows = _on_host(rows)
                 if self._counts_steps:
@@ -247,27 +252,29 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         # fast_build: the schedule made ahead lies in one buffer, which holds the whole batch's.
         return PrefillPart(tokens, super().build(0, batch, fast_build=True))
 
-    def _schedule(self, rows: ops.DecodeRows) -> list[tuple[ops.DecodeRows, ops.Schedule]]:
+    def _chunks(self, rows: ops.DecodeRows) -> list[tuple[ops.DecodeRows, ops.Schedule]]:
+        state, shape = self.delta, self._shape
+        most = state.workspace.max_rows
+        return [
+            (rows.slice(begin, min(begin + most, len(rows))), state.schedule(shape, index))
+            for index, begin in enumerate(range(0, len(rows), most))
+        ]
+
+    def make_schedules(self, chunks: list[tuple[ops.DecodeRows, ops.Schedule]]) -> None:
+        """Cut a step's rows into pieces: launched by the group's first layer, for all of them."""
         state = self.delta
-        shape = ops.LayerShape(self.num_heads_q, self.num_heads_kv, self.headdim)
-        full_counters = state.counters.of(Role.FULL)
         full_layers = sum(impl.role is Role.FULL for impl in self._eligible)
-        chunks = []
-        for index, begin in enumerate(range(0, len(rows), state.workspace.max_rows)):
-            chunk = rows.slice(begin, min(begin + state.workspace.max_rows, len(rows)))
-            schedule = state.schedule(shape, index)
+        for rows, schedule in chunks:
             ops.make_schedule(
                 schedule,
-                chunk,
-                shape,
+                rows,
+                self._shape,
                 self.model_config.dtype.itemsize,
                 state.workspace,
                 state.selection,
-                full_counters,
+                state.counters.of(Role.FULL),
                 full_layers,
             )
-            chunks.append((chunk, schedule))
-        return chunks
 
     def _prompt_lens(self, common: CommonAttentionMetadata) -> Tensor:
         """Tokens of each prompt, int ``[requests]`` on the CPU, without padding."""
@@ -291,6 +298,8 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
     #: set by `set_up` in the profiling run; None for a layer that is not eligible
     delta: CudaState | None = None
     role: Role | None = None
+    #: whether it is the first of its KV cache group that is eligible
+    schedules: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -315,6 +324,9 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
         if attn_metadata is None:
             # The profiling run: what DELTA allocates now is counted before the KV cache is sized.
             set_up(self._vllm_config, query.device)
+        elif self.schedules and attn_metadata.chunks:
+            assert attn_metadata.group is not None
+            attn_metadata.group.make_schedules(attn_metadata.chunks)
         if attn_metadata is None or self.role in (None, Role.FULL) or not attn_metadata.chunks:
             result: Tensor = dense(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -364,7 +376,7 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             table = state.table.slice(begin, begin + len(rows))
             arguments = inputs, state.workspace, state.selection, counters, output, table
             if self.role is Role.SELECTION:
-                ops.selection_attention(*arguments)
+                ops.selection_attention(*arguments, just_scheduled=self.schedules)
             else:
                 ops.sparse_attention(*arguments, same_blocks=state.table_group is attn_metadata.group)
             begin += len(rows)

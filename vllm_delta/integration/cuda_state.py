@@ -77,16 +77,17 @@ class CudaState:
 
     def mark_prompt_rows(self, prompt_lens: Tensor, common: CommonAttentionMetadata) -> None:
         """Mark the rows of a single-token step that are the last token of a prompt: they attend in full."""
-        lengths = common.seq_lens_cpu_upper_bound
+        # In NumPy, whose calls take a fraction of PyTorch's: every step of a server waits for this.
         count = len(prompt_lens)
-        marks = (lengths[:count] <= prompt_lens) & (lengths[:count] > 0)
-        if not bool(marks.any()):
+        lengths = common.seq_lens_cpu_upper_bound[:count].numpy()
+        marks = (lengths <= prompt_lens.numpy()) & (lengths > 0)
+        if not marks.any():
             if self._marked:
                 self.dense.zero_()
                 self._marked = False
             return
         self.dense.zero_()
-        self.dense[:count].copy_(marks.int().pin_memory(), non_blocking=True)
+        self.dense[:count].copy_(torch.from_numpy(marks).int().pin_memory(), non_blocking=True)
         self._marked = True
 
 
