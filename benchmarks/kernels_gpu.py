@@ -144,6 +144,7 @@ class Layers:
             self.table,
             sparse=False,
             frames=False,
+            dependent=True,
         )
 
     def run_scores(self, copy: int) -> None:

@@ -417,7 +417,7 @@ def test_chunks_of_cuda_layers():
     torch.testing.assert_close(outputs[0], outputs[1], atol=0.01, rtol=0.01)
 
 
-def test_first_layer_schedules_all():
+def test_first_layer_schedules_all(monkeypatch):
     """Nothing is worked out before the first layer runs: until then lengths may change, as in a graph."""
     batch = Batch(Case((200, 40, 0, 150, 97), dense_rows=(3,)))
     config = settings(Budget(64, 16, 16, 16), "delta")
@@ -434,11 +434,22 @@ def test_first_layer_schedules_all():
         chunks=builder._chunks(batch.rows), prefill=None, block_table=batch.block_table, group=builder
     )
     batch.rows.lengths.copy_(lengths)
+    dependent = []  # of the launches since the last layer: whether it may begin before the one ahead ends
+    monkeypatch.setattr(
+        ops, "_dependent_launch", lambda device, is_so=True: dependent.append(is_so) or {"PDL": False}
+    )
     layer = SimpleNamespace(layer_name="model.layers.5.attn")
-    for role, impl.schedules in ((Role.SELECTION, True), (Role.SPARSE, False)):
+    for role, impl.schedules in (
+        (Role.SELECTION, True),
+        (Role.SELECTION, False),
+        (Role.SPARSE, True),  # the first of a second group
+        (Role.SPARSE, False),
+    ):
         impl.role = role
+        dependent.clear()
         output = torch.full(batch.query.shape, math.nan, dtype=batch.case.dtype, device=DEVICE)
         impl.forward(layer, batch.query, None, None, batch.kv_cache, metadata, output)
+        assert dependent[0] is not impl.schedules
         for row in (0, 1, 3, 4):
             selected = role is Role.SELECTION
             exact = expect(batch, row).full if selected else expect_sparse(batch, row, batch.kept(row))

@@ -294,9 +294,9 @@ def make_schedule(
 ) -> None:
     """Cut rows into pieces, for all layers of one step.
 
-    Another launch has to lie between this one and the first layer's (else see `selection_attention`), and
-    between a selection layer's and the next sparse layer's, as there is in any model: on some GPUs a layer
-    reads its schedule and its tables while the launch ahead of it still runs.
+    Another launch has to lie between this one and a layer's that is not told `just_scheduled`, and between a
+    selection layer's and the next sparse layer's, as there is in any model: on some GPUs a layer reads its
+    schedule and its tables while the launch ahead of it still runs.
 
     Args:
         schedule: is written; has room for the rows.
@@ -385,12 +385,23 @@ def sparse_attention(
     table: SelectionTable,
     *,
     same_blocks: bool,
+    just_scheduled: bool = False,
 ) -> None:
     """A sparse layer: attention over the pages of the selection table; arguments as above.
 
     `same_blocks` says that the selection layer had the same block table, so that page frames hold.
     """
-    _attention(inputs, workspace, selection, counters, output, table, sparse=True, frames=same_blocks)
+    _attention(
+        inputs,
+        workspace,
+        selection,
+        counters,
+        output,
+        table,
+        sparse=True,
+        frames=same_blocks,
+        dependent=not just_scheduled,
+    )
 
 
 def select_pages(
@@ -512,7 +523,7 @@ def _attention(
     *,
     sparse: bool,
     frames: bool,
-    dependent: bool = True,
+    dependent: bool,
 ) -> None:
     entries = table.frames if frames else table.pages
     _check(inputs, workspace, selection, output, entries)

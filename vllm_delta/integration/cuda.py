@@ -378,7 +378,8 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             if self.role is Role.SELECTION:
                 ops.selection_attention(*arguments, just_scheduled=self.schedules)
             else:
-                ops.sparse_attention(*arguments, same_blocks=state.table_group is attn_metadata.group)
+                same_blocks = state.table_group is attn_metadata.group
+                ops.sparse_attention(*arguments, same_blocks=same_blocks, just_scheduled=self.schedules)
             begin += len(rows)
         if self.role is Role.SELECTION:
             state.table_group = attn_metadata.group
