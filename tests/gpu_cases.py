@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -133,11 +134,30 @@ class Batch:
             self.query, self.kv_cache, self.block_table, self.rows, self.schedule, self.parameters
         )
 
-    def run(self, *, sparse: bool, same_blocks: bool = True) -> tuple[Tensor, Tensor]:
-        """A layer's output, NaN where nothing was written, and its counters."""
+    def take_last_tokens(self) -> tuple[Tensor, Tensor]:
+        """Key and value of each row's token, taken out of the cache, where NaN is left."""
+        size = len(self.query), self.case.num_kv_heads, self.case.head_size
+        keys, values = torch.zeros(2, *size, dtype=self.kv_cache.dtype, device=DEVICE)
+        for row, length in enumerate(self.rows.lengths.tolist()):
+            if length:
+                token, request = int(self.rows.tokens[row]), int(self.rows.requests[row])
+                block = self.block_table[request, (length - 1) // self.case.block_size]
+                place = self.kv_cache[block, :, (length - 1) % self.case.block_size]
+                keys[token], values[token] = place.split(self.case.head_size, dim=-1)
+                place.fill_(float("nan"))
+        return keys, values
+
+    def run(self, *, sparse: bool, same_blocks: bool = True, append: bool = False) -> tuple[Tensor, Tensor]:
+        """A layer's output, NaN where nothing was written, and its counters.
+
+        With `append`, the rows' own keys and values are not in the cache before.
+        """
         output = torch.full(self.query.shape, float("nan"), dtype=self.case.dtype, device=DEVICE)
         counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-        arguments = self.inputs, self.workspace, self.selection, counters, output, self.table
+        inputs = self.inputs
+        if append:
+            inputs = dataclasses.replace(inputs, appended=self.take_last_tokens())
+        arguments = inputs, self.workspace, self.selection, counters, output, self.table
         if sparse:
             ops.sparse_attention(*arguments, same_blocks=same_blocks)
         else:

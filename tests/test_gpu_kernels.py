@@ -51,9 +51,12 @@ def check_batch(batch: Batch) -> None:
     """A selection and a sparse layer, every row; raises AssertionError with the row."""
     case = batch.case
     batch.make_schedule()
-    full, full_counts = batch.run(sparse=False)
+    whole_cache = batch.kv_cache.clone()
+    full, full_counts = batch.run(sparse=False, append=not case.fp8)
+    assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
     sparse, sparse_counts = batch.run(sparse=True)
-    from_pages, _ = batch.run(sparse=True, same_blocks=False)
+    from_pages, _ = batch.run(sparse=True, same_blocks=False, append=not case.fp8)
+    assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
     assert torch.equal(sparse.nan_to_num(9), from_pages.nan_to_num(9))
     attended = 0
     for row, length in enumerate(case.lengths):

@@ -342,7 +342,8 @@ def cuda_layer(batch, config, role, chunks=None):
 
     def run():
         output = torch.full(batch.query.shape, math.nan, dtype=batch.case.dtype, device=DEVICE)
-        impl._decode(SimpleNamespace(layer_name="model.layers.5.attn"), batch.query, cache, metadata, output)
+        layer = SimpleNamespace(layer_name="model.layers.5.attn")
+        impl._decode(layer, batch.query, cache, metadata, output, None)
         return output
 
     return impl, run
@@ -417,27 +418,36 @@ def test_chunks_of_cuda_layers():
     torch.testing.assert_close(outputs[0], outputs[1], atol=0.01, rtol=0.01)
 
 
-def test_first_layer_schedules_all(monkeypatch):
-    """Nothing is worked out before the first layer runs: until then lengths may change, as in a graph."""
+@pytest.mark.parametrize("appends", [True, False])
+def test_steps_of_single_tokens(monkeypatch, appends):
+    """The first layer schedules for all, and until it runs lengths may change, as in a graph."""
     batch = Batch(Case((200, 40, 0, 150, 97), dense_rows=(3,)))
     config = settings(Budget(64, 16, 16, 16), "delta")
     impl, _ = cuda_layer(batch, config, Role.SELECTION)
+    impl.kv_sharing_target_layer_name = None
     state = impl.delta
     state.schedules[batch.shape] = [batch.schedule]
     state.recall.active = False
     builder = object.__new__(DeltaCUDAMetadataBuilder)
     builder.delta, builder._shape, builder._eligible = state, batch.shape, [impl]
     builder.model_config = SimpleNamespace(dtype=batch.case.dtype)
+    whole, (keys, values) = batch.kv_cache.clone(), batch.take_last_tokens()
     lengths = batch.rows.lengths.clone()
     batch.rows.lengths.fill_(1)
     metadata = SimpleNamespace(
-        chunks=builder._chunks(batch.rows), prefill=None, block_table=batch.block_table, group=builder
+        chunks=builder._chunks(batch.rows),
+        prefill=None,
+        block_table=batch.block_table,
+        group=builder,
+        appends=appends,
+        slot_mapping=None,
     )
     batch.rows.lengths.copy_(lengths)
     dependent = []  # of the launches since the last layer: whether it may begin before the one ahead ends
     monkeypatch.setattr(
         ops, "_dependent_launch", lambda device, is_so=True: dependent.append(is_so) or {"PDL": False}
     )
+    impl.do_kv_cache_update = lambda *_: batch.kv_cache.copy_(whole)  # vLLM's kernel needs a GPU
     layer = SimpleNamespace(layer_name="model.layers.5.attn")
     for role, impl.schedules in (
         (Role.SELECTION, True),
@@ -447,9 +457,11 @@ def test_first_layer_schedules_all(monkeypatch):
     ):
         impl.role = role
         dependent.clear()
+        batch.take_last_tokens()
         output = torch.full(batch.query.shape, math.nan, dtype=batch.case.dtype, device=DEVICE)
-        impl.forward(layer, batch.query, None, None, batch.kv_cache, metadata, output)
+        impl.forward(layer, batch.query, keys, values, batch.kv_cache, metadata, output)
         assert dependent[0] is not impl.schedules
+        assert torch.equal(batch.kv_cache, whole)
         for row in (0, 1, 3, 4):
             selected = role is Role.SELECTION
             exact = expect(batch, row).full if selected else expect_sparse(batch, row, batch.kept(row))

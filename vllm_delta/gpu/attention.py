@@ -9,7 +9,7 @@ its combination as in Flash-Decoding):
 and over the pieces i of the row, ``L2 = log2(2^sink + sum_i 2^l2[i])``,
 ``out = sum_i 2^(l2[i] - L2) out[i]``.
 The tokens are all of the row's, or those of the selection table's pages. A token's key and value stand side
-by side in the cache.
+by side in the cache. The row's own, its last, may be given apart: then they are written to the cache first.
 
 A selection layer leaves its logits behind in 16 bits each, as distances below the largest of their tile,
 ``d = max_t x[t] - x[t]``: d + 1 as a float of 3 bits of exponent and 13 of mantissa. That rounds d by at most
@@ -125,12 +125,18 @@ def attention_kernel(
     logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / TILE, KV_HEADS, GROUP]
     partial_ptr,  # float32 [pieces, H, D]
     partial_lse_ptr,  # float32 [pieces, H]
+    key_ptr,  # [tokens, KV_HEADS, D], not in the cache yet; read where APPEND, as is the value
+    value_ptr,
     q_scale_ptr,
     k_scale_ptr,
     scale,
     softcap,
     query_stride_token,
     query_stride_head,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
     kv_stride_block,
     kv_stride_head,
     kv_stride_token,
@@ -148,6 +154,7 @@ def attention_kernel(
     LOGIT_TILE: tl.constexpr,
     SPARSE: tl.constexpr,
     FRAMES: tl.constexpr,
+    APPEND: tl.constexpr,
     SOFTCAP: tl.constexpr,
     QUANTIZED: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -168,6 +175,7 @@ def attention_kernel(
     request = tl.load(record_ptr + 4).to(tl.int64)
     table_end = tl.load(record_ptr + 5)
     first_logit_tile = tl.load(record_ptr + 6)
+    length = tl.load(record_ptr + 7)
     if row < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
@@ -194,6 +202,16 @@ def attention_kernel(
     if QUANTIZED:
         scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
+    if APPEND:
+        is_last = end == tl.where(selected, table_end, length)  # it reads the row's own token
+        if is_last:
+            block = tl.load(block_row_ptr + (length - 1) // BLOCK).to(tl.int64)
+            token_ptr = kv_head_ptr + block * kv_stride_block + (length - 1) % BLOCK * kv_stride_token
+            k_ptr = key_ptr + token_of_row * key_stride_token + kv_head * key_stride_head
+            v_ptr = value_ptr + token_of_row * value_stride_token + kv_head * value_stride_head
+            tl.store(token_ptr + dim, tl.load(k_ptr + dim, mask=has_dim), mask=has_dim)
+            tl.store(token_ptr + D + dim, tl.load(v_ptr + dim, mask=has_dim), mask=has_dim)
+            tl.debug_barrier()  # other threads of the program read them
     logit_columns = tl.where(first_logit_tile >= 0, GROUP, 0)
 
     maximum = tl.full([COLUMNS], -float("inf"), tl.float32)

@@ -197,6 +197,10 @@ class LayerInputs:
     #: made for these rows
     schedule: Schedule
     parameters: AttentionParameters
+    #: key and value of each token of the query, ``[tokens, num_kv_heads, head_size]`` each, contiguous in the
+    #: last dimension. The layer writes those of the rows' tokens, which have to be their sequences' last, to
+    #: the cache. None: they are there
+    appended: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -534,6 +538,7 @@ def _attention(
     tuning = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)[sparse]
     num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
+    key, value = inputs.appended or (query, query)
     attention_kernel[(num_pieces, shape.num_kv_heads)](
         query,
         kv_cache,
@@ -544,12 +549,18 @@ def _attention(
         workspace.logit_maxima,
         workspace.partial,
         workspace.partial_lse,
+        key,
+        value,
         q_scale,
         k_scale,
         parameters.scale,
         parameters.softcap,
         query.stride(0),
         query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
         kv_cache.stride(0),
         kv_cache.stride(1),
         kv_cache.stride(2),
@@ -567,6 +578,7 @@ def _attention(
         LOGIT_TILE=LOGIT_TILE,
         SPARSE=sparse,
         FRAMES=frames,
+        APPEND=inputs.appended is not None,
         SOFTCAP=parameters.softcap != 0,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],
@@ -609,6 +621,7 @@ def _check(
     assert width == 2 * head_size and num_heads % num_kv_heads == 0
     assert block_size % selection.page_size == 0 and selection.page_size in PAGE_SIZES
     assert query.stride(2) == kv_cache.stride(3) == output.stride(2) == 1
+    assert all(new.stride(2) == 1 and new.shape[1] == num_kv_heads for new in inputs.appended or ())
     assert len(rows) <= workspace.max_rows and len(rows) <= table.shape[0]
     assert table.shape[1] >= selection.budget_pages
 

@@ -50,6 +50,9 @@ from vllm_delta.step import PrefillBatch, split_step
 class DeltaCUDABackend(FlashAttentionBackend):  # type: ignore[misc]
     """What vLLM asks an attention backend for."""
 
+    #: decode rows of DELTA's layers are written to the cache by the kernel that reads them
+    forward_includes_kv_cache_update: bool = True
+
     @staticmethod
     def get_name() -> str:
         """The registered name."""
@@ -134,6 +137,9 @@ class DeltaCUDAMetadata(FlashAttentionMetadata):  # type: ignore[misc]
     rows: list[RowIndex] = field(default_factory=list)
     #: of a mixed step
     prefill: PrefillPart | None = None
+    #: whether all rows are their sequences' last tokens, and nothing but DELTA's kernels reads the cache, so
+    #: that these may write the rows' keys and values themselves
+    appends: bool = False
     #: the builder, which stands for the KV cache group: its layers have one block table
     group: DeltaCUDAMetadataBuilder | None = None
 
@@ -190,7 +196,9 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         rows = self._single_token_rows(common) if single else self._split(common, metadata)
         if rows is not None:
             metadata.chunks = self._chunks(rows)
-            if state.observer is not None or not state.config.runs_kernels_alone:
+            kernels_alone = state.observer is None and state.config.runs_kernels_alone
+            metadata.appends = single and kernels_alone
+            if not kernels_alone:
                 metadata.rows = _on_host(rows)
                 if self._counts_steps:
                     state.recall.next_step(state.config.recall_sample_steps)
@@ -327,6 +335,9 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
         elif self.schedules and attn_metadata.chunks:
             assert attn_metadata.group is not None
             attn_metadata.group.make_schedules(attn_metadata.chunks)
+        appended = self._appended(key, value, attn_metadata)
+        if attn_metadata is not None and appended is None and self._owns_cache(key):
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         if attn_metadata is None or self.role in (None, Role.FULL) or not attn_metadata.chunks:
             result: Tensor = dense(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -340,11 +351,31 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             dense(layer, query[tokens], key, value, kv_cache, part.metadata, attended)
             if isinstance(tokens, Tensor):
                 output[tokens] = attended
-        self._decode(layer, query, kv_cache, attn_metadata, output)
+        self._decode(layer, query, kv_cache, attn_metadata, output, appended)
         return output
 
+    def _owns_cache(self, key: Tensor | None) -> bool:
+        """Whether the layer writes keys and values, and does not read those of another."""
+        return self.kv_sharing_target_layer_name is None and key is not None
+
+    def _appended(
+        self, key: Tensor, value: Tensor, attn_metadata: DeltaCUDAMetadata | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """What this step's attention kernel writes to the cache, if it does."""
+        if attn_metadata is None or not attn_metadata.appends or self.role in (None, Role.FULL):
+            return None
+        if not self._owns_cache(key) or is_quantized_kv_cache(self.kv_cache_dtype):
+            return None
+        return key, value
+
     def _decode(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: DeltaCUDAMetadata, output: Tensor
+        self,
+        layer: Any,
+        query: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: DeltaCUDAMetadata,
+        output: Tensor,
+        appended: tuple[Tensor, Tensor] | None,
     ) -> None:
         assert self.delta is not None and self.role is not None
         state = self.delta
@@ -372,7 +403,9 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
         counters = state.counters.of(self.role)
         begin = 0
         for rows, schedule in attn_metadata.chunks:
-            inputs = ops.LayerInputs(query, kv_cache, attn_metadata.block_table, rows, schedule, parameters)
+            inputs = ops.LayerInputs(
+                query, kv_cache, attn_metadata.block_table, rows, schedule, parameters, appended
+            )
             table = state.table.slice(begin, begin + len(rows))
             arguments = inputs, state.workspace, state.selection, counters, output, table
             if self.role is Role.SELECTION:
