@@ -46,6 +46,10 @@ from vllm_delta.policies.run import decode_rows
 from vllm_delta.recall import table_mass
 from vllm_delta.step import PrefillBatch, split_step
 
+#: FlashAttention's layers that in a step of single tokens schedule their own work, on the GPU. Once for all,
+#: ahead, it takes the host's time.
+MOST_SELF_SCHEDULED = 4
+
 
 class DeltaCUDABackend(FlashAttentionBackend):  # type: ignore[misc]
     """What vLLM asks an attention backend for."""
@@ -177,6 +181,8 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             self._eligible[0].schedules = True
             self.delta.step_layer = self.delta.step_layer or layer_names[0]
         self._counts_steps = self.delta.step_layer == layer_names[0]
+        full_layers = sum(impl.role is Role.FULL for impl in self._eligible)
+        self._few_dense = len(self._eligible) == len(impls) and full_layers <= MOST_SELF_SCHEDULED
 
     def build(
         self,
@@ -186,13 +192,13 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
     ) -> DeltaCUDAMetadata:
         """Split the batch into decode rows and prefill tokens, and cut the rows into pieces."""
         common, state = common_attn_metadata, self.delta
-        whole = super().build(common_prefix_len, common, fast_build)
+        single = common.max_query_len == 1
+        whole = super().build(common_prefix_len, common, fast_build or (single and self._few_dense))
         metadata = DeltaCUDAMetadata(**vars(whole), group=self)
         state.counters.add_dense_rows("sliding_window", self._sliding * common.num_actual_tokens)
         state.counters.add_dense_rows("not_eligible", self._not_eligible * common.num_actual_tokens)
         if not self._eligible:
             return metadata
-        single = common.max_query_len == 1
         rows = self._single_token_rows(common) if single else self._split(common, metadata)
         if rows is not None:
             metadata.chunks = self._chunks(rows)
