@@ -298,6 +298,8 @@ def combine_kernel(
     count = tl.load(row_pieces_ptr + row * 4 + 1)
     token = tl.load(row_pieces_ptr + row * 4 + 2).to(tl.int64)
     if PDL:
+        if not SPARSE:
+            tl.extra.cuda.gdc_launch_dependents()  # `score_logits_kernel` may start, and wait
         tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on the pieces, too
     if count == 0:
         return

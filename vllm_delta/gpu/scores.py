@@ -58,6 +58,7 @@ def score_logits_kernel(
     first_tile = tl.load(record_ptr + 6)
     length = tl.load(record_ptr + 7)
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # `select_kernel` may start, and wait
         tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
     if (row < 0) | (first_tile < 0):
         return
