@@ -32,6 +32,9 @@ LOGIT_BYTES = 2 + 4 / MIN_TILE
 #: Programs that score a piece of a row.
 SCORE_SHARES = 32
 
+#: Elements of the pieces that one step of the combination takes, by a single warp: 128 for each thread.
+COMBINED_ELEMENTS = 4096
+
 #: Rows that one launch takes at most.
 MAX_CHUNK_ROWS = 1024
 
@@ -603,7 +606,7 @@ def _attention(
         H=shape.num_heads,
         D=shape.head_size,
         D_PAD=shape.padded_head_size,
-        PIECES=16,
+        PIECES=COMBINED_ELEMENTS // shape.padded_head_size,
         SPARSE=sparse,
         SINKS=sinks is not None,
         QUANTIZED=quantized,
