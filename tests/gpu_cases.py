@@ -134,18 +134,20 @@ class Batch:
             self.query, self.kv_cache, self.block_table, self.rows, self.schedule, self.parameters
         )
 
-    def take_last_tokens(self) -> tuple[Tensor, Tensor]:
-        """Key and value of each row's token, taken out of the cache, where NaN is left."""
+    def take_last_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Key, value and slot of each row's token, taken out of the cache, where NaN is left."""
         size = len(self.query), self.case.num_kv_heads, self.case.head_size
         keys, values = torch.zeros(2, *size, dtype=self.kv_cache.dtype, device=DEVICE)
+        slots = torch.full((len(self.query),), -1, dtype=torch.int64, device=DEVICE)
         for row, length in enumerate(self.rows.lengths.tolist()):
             if length:
                 token, request = int(self.rows.tokens[row]), int(self.rows.requests[row])
                 block = self.block_table[request, (length - 1) // self.case.block_size]
                 place = self.kv_cache[block, :, (length - 1) % self.case.block_size]
                 keys[token], values[token] = place.split(self.case.head_size, dim=-1)
+                slots[token] = block * self.case.block_size + (length - 1) % self.case.block_size
                 place.fill_(float("nan"))
-        return keys, values
+        return keys, values, slots
 
     def run(self, *, sparse: bool, same_blocks: bool = True, append: bool = False) -> tuple[Tensor, Tensor]:
         """A layer's output, NaN where nothing was written, and its counters.

@@ -125,6 +125,33 @@ def test_layers_equal_reference(name: str) -> None:
     check_batch(Batch(CASES[name]))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
+    """As in vLLM's dummy runs, whose block table may name blocks that are in use."""
+    batch = Batch(Case((200, 40, 97)))
+    batch.make_schedule()
+    batch.run(sparse=False)
+    keys, values, slots = batch.take_last_tokens()
+    slots[batch.rows.tokens[1]] = -1
+    before = batch.kv_cache.clone()
+    inputs = dataclasses.replace(batch.inputs, appended=(keys, values, slots))
+    output, counters = torch.empty_like(batch.query), torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    arguments = inputs, batch.workspace, batch.selection, counters, output, batch.table
+    if sparse:
+        ops.sparse_attention(*arguments, same_blocks=True)
+    else:
+        ops.selection_attention(*arguments)
+    written = (batch.kv_cache.float().nan_to_num(9) != before.float().nan_to_num(9)).flatten(2, -1)
+    changed = [tuple(place) for place in written.any(dim=1).nonzero().tolist()]
+    assert len({block for block, *_ in changed}) == 2
+    head_size = batch.case.head_size
+    for row in (0, 2):
+        token = int(batch.rows.tokens[row])
+        block, place = divmod(int(slots[token]), batch.case.block_size)
+        stored_keys, stored_values = batch.kv_cache[block, :, place].split(head_size, dim=-1)
+        assert torch.equal(stored_keys, keys[token]) and torch.equal(stored_values, values[token])
+
+
 @pytest.mark.parametrize("num_pages", [4, 5, 300, 2049, 5000])
 def test_select_pages(num_pages: int) -> None:
     generator = torch.Generator().manual_seed(num_pages)

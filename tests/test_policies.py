@@ -431,7 +431,7 @@ def test_steps_of_single_tokens(monkeypatch, appends):
     builder = object.__new__(DeltaCUDAMetadataBuilder)
     builder.delta, builder._shape, builder._eligible = state, batch.shape, [impl]
     builder.model_config = SimpleNamespace(dtype=batch.case.dtype)
-    whole, (keys, values) = batch.kv_cache.clone(), batch.take_last_tokens()
+    whole, (keys, values, slots) = batch.kv_cache.clone(), batch.take_last_tokens()
     lengths = batch.rows.lengths.clone()
     batch.rows.lengths.fill_(1)
     metadata = SimpleNamespace(
@@ -440,7 +440,7 @@ def test_steps_of_single_tokens(monkeypatch, appends):
         block_table=batch.block_table,
         group=builder,
         appends=appends,
-        slot_mapping=None,
+        slot_mapping=slots,
     )
     batch.rows.lengths.copy_(lengths)
     dependent = []  # of the launches since the last layer: whether it may begin before the one ahead ends

@@ -127,6 +127,7 @@ def attention_kernel(
     partial_lse_ptr,  # float32 [pieces, H]
     key_ptr,  # [tokens, KV_HEADS, D], not in the cache yet; read where APPEND, as is the value
     value_ptr,
+    slot_ptr,  # int64 [tokens], see `LayerInputs` in ops.py; read where APPEND
     q_scale_ptr,
     k_scale_ptr,
     scale,
@@ -204,9 +205,9 @@ def attention_kernel(
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
     if APPEND:
         is_last = end == tl.where(selected, table_end, length)  # it reads the row's own token
-        if is_last:
-            block = tl.load(block_row_ptr + (length - 1) // BLOCK).to(tl.int64)
-            token_ptr = kv_head_ptr + block * kv_stride_block + (length - 1) % BLOCK * kv_stride_token
+        slot = tl.load(slot_ptr + token_of_row)
+        if is_last & (slot >= 0):
+            token_ptr = kv_head_ptr + slot // BLOCK * kv_stride_block + slot % BLOCK * kv_stride_token
             k_ptr = key_ptr + token_of_row * key_stride_token + kv_head * key_stride_head
             v_ptr = value_ptr + token_of_row * value_stride_token + kv_head * value_stride_head
             tl.store(token_ptr + dim, tl.load(k_ptr + dim, mask=has_dim), mask=has_dim)

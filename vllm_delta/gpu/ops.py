@@ -201,9 +201,10 @@ class LayerInputs:
     schedule: Schedule
     parameters: AttentionParameters
     #: key and value of each token of the query, ``[tokens, num_kv_heads, head_size]`` each, contiguous in the
-    #: last dimension. The layer writes those of the rows' tokens, which have to be their sequences' last, to
-    #: the cache. None: they are there
-    appended: tuple[Tensor, Tensor] | None = None
+    #: last dimension, and each token's slot, int64 ``[tokens]``: its block times the block size, plus its
+    #: place there; negative: not to be written. The layer writes those of the rows' tokens, which have to be
+    #: their sequences' last, to the cache. None: they are there
+    appended: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -541,7 +542,7 @@ def _attention(
     tuning = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)[sparse]
     num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
-    key, value = inputs.appended or (query, query)
+    key, value, slots = inputs.appended or (query, query, query)
     attention_kernel[(num_pieces, shape.num_kv_heads)](
         query,
         kv_cache,
@@ -554,6 +555,7 @@ def _attention(
         workspace.partial_lse,
         key,
         value,
+        slots,
         q_scale,
         k_scale,
         parameters.scale,
@@ -624,7 +626,7 @@ def _check(
     assert width == 2 * head_size and num_heads % num_kv_heads == 0
     assert block_size % selection.page_size == 0 and selection.page_size in PAGE_SIZES
     assert query.stride(2) == kv_cache.stride(3) == output.stride(2) == 1
-    assert all(new.stride(2) == 1 and new.shape[1] == num_kv_heads for new in inputs.appended or ())
+    assert all(new.stride(2) == 1 and new.shape[1] == num_kv_heads for new in (inputs.appended or ())[:2])
     assert len(rows) <= workspace.max_rows and len(rows) <= table.shape[0]
     assert table.shape[1] >= selection.budget_pages
 

@@ -366,13 +366,13 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
 
     def _appended(
         self, key: Tensor, value: Tensor, attn_metadata: DeltaCUDAMetadata | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """What this step's attention kernel writes to the cache, if it does."""
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What this step's attention kernel writes to the cache, and where, if it does."""
         if attn_metadata is None or not attn_metadata.appends or self.role in (None, Role.FULL):
             return None
         if not self._owns_cache(key) or is_quantized_kv_cache(self.kv_cache_dtype):
             return None
-        return key, value
+        return key, value, attn_metadata.slot_mapping
 
     def _decode(
         self,
@@ -381,7 +381,7 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
         kv_cache: Tensor,
         attn_metadata: DeltaCUDAMetadata,
         output: Tensor,
-        appended: tuple[Tensor, Tensor] | None,
+        appended: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
         assert self.delta is not None and self.role is not None
         state = self.delta
