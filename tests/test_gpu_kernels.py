@@ -141,9 +141,8 @@ def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
         ops.sparse_attention(*arguments, same_blocks=True)
     else:
         ops.selection_attention(*arguments)
-    written = (batch.kv_cache.float().nan_to_num(9) != before.float().nan_to_num(9)).flatten(2, -1)
-    changed = [tuple(place) for place in written.any(dim=1).nonzero().tolist()]
-    assert len({block for block, *_ in changed}) == 2
+    written = (batch.kv_cache.float().nan_to_num(9) != before.float().nan_to_num(9)).flatten(1)
+    assert int(written.any(dim=1).sum()) == 2  # blocks
     head_size = batch.case.head_size
     for row in (0, 2):
         token = int(batch.rows.tokens[row])

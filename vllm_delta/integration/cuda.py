@@ -181,8 +181,11 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             self._eligible[0].schedules = True
             self.delta.step_layer = self.delta.step_layer or layer_names[0]
         self._counts_steps = self.delta.step_layer == layer_names[0]
-        full_layers = sum(impl.role is Role.FULL for impl in self._eligible)
-        self._few_dense = len(self._eligible) == len(impls) and full_layers <= MOST_SELF_SCHEDULED
+        self._few_dense = len(self._eligible) == len(impls) and self._full_layers <= MOST_SELF_SCHEDULED
+
+    @property
+    def _full_layers(self) -> int:
+        return sum(impl.role is Role.FULL for impl in self._eligible)
 
     def build(
         self,
@@ -277,7 +280,6 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
     def make_schedules(self, chunks: list[tuple[ops.DecodeRows, ops.Schedule]]) -> None:
         """Cut a step's rows into pieces: launched by the group's first layer, for all of them."""
         state = self.delta
-        full_layers = sum(impl.role is Role.FULL for impl in self._eligible)
         for rows, schedule in chunks:
             ops.make_schedule(
                 schedule,
@@ -287,7 +289,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
                 state.workspace,
                 state.selection,
                 state.counters.of(Role.FULL),
-                full_layers,
+                self._full_layers,
             )
 
     def _prompt_lens(self, common: CommonAttentionMetadata) -> Tensor:
