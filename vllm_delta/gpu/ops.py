@@ -32,6 +32,9 @@ LOGIT_BYTES = 2 + 4 / MIN_TILE
 #: Programs that score a piece of a row.
 SCORE_SHARES = 32
 
+#: Programs that store a schedule's pieces.
+SCHEDULE_PARTS = 16
+
 #: Elements of the pieces that one step of the combination takes, by a single warp: 128 for each thread.
 COMBINED_ELEMENTS = 4096
 
@@ -321,7 +324,7 @@ def make_schedule(
         return
     device = rows.lengths.device
     selecting, sparse = _tunings(shape, itemsize, len(rows), device)
-    schedule_kernel[(2,)](
+    schedule_kernel[(2, SCHEDULE_PARTS)](
         rows.tokens,
         rows.requests,
         rows.lengths,

@@ -48,8 +48,10 @@ def schedule_kernel(
     LOGIT_TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program 0 schedules the selection layers; program 1 the sparse layers."""
+    """Programs (0, i) schedule the selection layers, (1, i) the sparse ones: each stores some pieces."""
     is_sparse = tl.program_id(0)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     row = tl.arange(0, ROWS)
     valid = row < num_rows
     length = tl.load(lengths_ptr + row, mask=valid, other=0)
@@ -68,10 +70,11 @@ def schedule_kernel(
         tile = FULL_TILE
         programs = programs_full
         tokens = length
-        context = tl.sum(length.to(tl.int64), 0)
-        tl.atomic_add(full_counters_ptr, full_layers * tl.sum((length > 0).to(tl.int64), 0))
-        tl.atomic_add(full_counters_ptr + 1, full_layers * context)
-        tl.atomic_add(full_counters_ptr + 2, full_layers * context)
+        if part == 0:
+            context = tl.sum(length.to(tl.int64), 0)
+            tl.atomic_add(full_counters_ptr, full_layers * tl.sum((length > 0).to(tl.int64), 0))
+            tl.atomic_add(full_counters_ptr + 1, full_layers * context)
+            tl.atomic_add(full_counters_ptr + 2, full_layers * context)
 
     tiles = tl.cdiv(tokens, tile)
     total = tl.sum(tiles, 0)
@@ -91,7 +94,7 @@ def schedule_kernel(
 
     share *= tile
     base = pieces_ptr + is_sparse * num_pieces * 8
-    for index in range(tl.max(count, 0)):
+    for index in range(part, tl.max(count, 0), parts):
         has = index < count
         piece = base + (first + index) * 8
         tl.store(piece, row, mask=has)
@@ -103,6 +106,6 @@ def schedule_kernel(
         tl.store(piece + 6, logit_tile, mask=has)
         tl.store(piece + 7, length, mask=has)
     used = tl.sum(count, 0)
-    for start in range(0, num_pieces, ROWS):
+    for start in range(part * ROWS, num_pieces, parts * ROWS):
         piece = start + row
         tl.store(base + piece * 8, -1, mask=(piece >= used) & (piece < num_pieces))
