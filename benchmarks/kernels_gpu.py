@@ -153,8 +153,9 @@ class Layers:
 
     def run_select(self, copy: int) -> None:
         """Its selection."""
+        workspace = self.workspace
         ops.select_pages(
-            self.workspace.scores, self.rows, self.block_table, BLOCK, self.selection, self.table
+            workspace.scores, workspace.listed, self.rows, self.block_table, BLOCK, self.selection, self.table
         )
 
     def run_sparse(self, copy: int) -> None:

@@ -151,8 +151,9 @@ def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
         assert torch.equal(stored_keys, keys[token]) and torch.equal(stored_values, values[token])
 
 
-@pytest.mark.parametrize("num_pages", [4, 5, 300, 2049, 5000])
+@pytest.mark.parametrize("num_pages", [4, 5, 300, 2049, 5000, 9000])
 def test_select_pages(num_pages: int) -> None:
+    """Also rows of which too many pages are left when they are thinned out: of 9000 with ties, a third."""
     generator = torch.Generator().manual_seed(num_pages)
     rows = 3
     scores = torch.rand(rows, num_pages, generator=generator)
@@ -165,7 +166,8 @@ def test_select_pages(num_pages: int) -> None:
     block_table = torch.randperm(rows * blocks, generator=generator).int().view(rows, -1)
     table = ops.SelectionTable.allocate(rows, 4, DEVICE)
     decode_rows = ops.DecodeRows(index, index, lengths.to(DEVICE), torch.zeros_like(index))
-    ops.select_pages(scores.to(DEVICE), decode_rows, block_table.to(DEVICE), 32, selection, table)
+    listed = torch.full((rows, ops.SELECT_CHUNK), 1 << 30, dtype=torch.int32, device=DEVICE)
+    ops.select_pages(scores.to(DEVICE), listed, decode_rows, block_table.to(DEVICE), 32, selection, table)
     for row in range(rows):
         expected = reference.select_pages(scores[row], 4, 1, 1)
         assert table.pages[row].tolist() == expected.tolist()

@@ -38,6 +38,10 @@ SCHEDULE_PARTS = 16
 #: Elements of the pieces that one step of the combination takes, by a single warp: 128 for each thread.
 COMBINED_ELEMENTS = 4096
 
+#: Pages of a row that its selection takes at a time, and digits of their scores, in bits.
+SELECT_CHUNK = 2048
+SELECT_DIGIT_BITS = 5
+
 #: Rows that one launch takes at most.
 MAX_CHUNK_ROWS = 1024
 
@@ -229,6 +233,8 @@ class Workspace:
     logit_maxima: Tensor
     #: float32 ``[max_rows, pages]``
     scores: Tensor
+    #: int32 ``[max_rows, SELECT_CHUNK]``: pages of long rows that may be kept
+    listed: Tensor
     #: float32: the pieces' outputs
     partial: Tensor
     #: float32: the pieces' logarithms of sums
@@ -252,7 +258,7 @@ class Workspace:
         Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads (H' with each KV head's padded
         to a power of two), D the head size, T the least tile of the attention kernel and
         P = programs * waves * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
-        ``4 r max_length / page_size``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
+        ``4 r max_length / page_size`` and ``8192 r``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
         """
         heads = max(shape.num_heads for shape in shapes)
         padded_heads = max(shape.padded_heads for shape in shapes)
@@ -272,6 +278,7 @@ class Workspace:
             logits=empty(tiles * LOGIT_TILE * padded_heads, dtype=torch.int16),
             logit_maxima=empty(tiles * LOGIT_TILE // MIN_TILE * padded_heads),
             scores=empty(max_rows, -(-max_length // page_size)),
+            listed=empty(max_rows, SELECT_CHUNK, dtype=torch.int32),
             partial=empty(pieces),
             partial_lse=empty(pieces // min_head_size),
             lse=empty(max_rows * heads),
@@ -382,8 +389,9 @@ def selection_attention(
         dependent=not just_scheduled,
     )
     page_scores(inputs, workspace, selection)
+    block_size = inputs.kv_cache.shape[2]
     select_pages(
-        workspace.scores, inputs.rows, inputs.block_table, inputs.kv_cache.shape[2], selection, table
+        workspace.scores, workspace.listed, inputs.rows, inputs.block_table, block_size, selection, table
     )
 
 
@@ -417,6 +425,7 @@ def sparse_attention(
 
 def select_pages(
     scores: Tensor,
+    listed: Tensor,
     rows: DecodeRows,
     block_table: Tensor,
     block_size: int,
@@ -427,6 +436,7 @@ def select_pages(
 
     Args:
         scores: float32 ``[rows, pages]``, not negative; read up to each row's pages.
+        listed: int32 ``[rows, SELECT_CHUNK]``, scratch.
         rows: the rows.
         block_table: int32 ``[requests, blocks]``.
         block_size: tokens of a block.
@@ -436,6 +446,8 @@ def select_pages(
     if len(rows) == 0:
         return
     page_size = selection.page_size
+    forced_tokens = selection.recent_tokens + selection.sink_tokens
+    wanted = selection.budget_pages - forced_tokens // page_size
     select_kernel[(len(rows),)](
         scores,
         rows.requests,
@@ -443,6 +455,7 @@ def select_pages(
         block_table,
         table.pages,
         table.frames,
+        listed,
         scores.stride(0),
         block_table.stride(0),
         table.pages.stride(0),
@@ -451,9 +464,10 @@ def select_pages(
         selection.sink_tokens // page_size,
         PAGE=page_size,
         PAGES_PER_BLOCK=block_size // page_size,
-        CHUNK=2048,
+        CHUNK=SELECT_CHUNK,
+        GROUPS=min(_next_power_of_2(max(1, wanted)), SELECT_CHUNK // 4),
         EDGE=128,
-        DIGIT_BITS=5,
+        DIGIT_BITS=SELECT_DIGIT_BITS,
         num_warps=8,
         **_dependent_launch(scores.device),
     )

@@ -4,6 +4,9 @@ Scores are not negative, so their bits order as they do. Passes over a few bits 
 which scores differ, find the score of the last page that is kept among the others (neither recent nor sink)
 and how many of its equals are; they end early where all pages with the bits found so far are kept. A last
 pass writes the indices of the kept pages, ascending, of equal scores the lower ones first.
+
+The pages of a long row are thinned out before: of as many groups as pages are kept, or more, each has a
+largest score, and no page below the least of these can be kept. Few are left, unless scores are very uneven.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import triton.language as tl
 
 
 @triton.jit
-def load_keys(scores_row_ptr, page, end):
+def load_keys(scores_row_ptr, page, valid):
     """Scores as integers of the same order; what is not a number counts, whatever its sign, as some score."""
-    score = tl.load(scores_row_ptr + page, mask=page < end, other=0.0)
+    score = tl.load(scores_row_ptr + page, mask=valid, other=0.0)
     return tl.maximum(score.to(tl.int32, bitcast=True), 0)
 
 
@@ -43,6 +46,7 @@ def select_kernel(
     block_table_ptr,  # int32 [requests, blocks]
     pages_ptr,  # int32 [rows, budget_pages]
     frames_ptr,  # int32 [rows, budget_pages]
+    listed_ptr,  # int32 [rows, CHUNK], scratch
     scores_stride,
     block_table_stride,
     pages_stride,
@@ -52,6 +56,7 @@ def select_kernel(
     PAGE: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
     EDGE: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
     PDL: tl.constexpr,
@@ -76,17 +81,38 @@ def select_kernel(
 
     end = num_pages - recent_pages
     wanted = budget_pages - recent_pages - sink_pages
+    count = end - sink_pages
+    listed_row_ptr = listed_ptr + row * CHUNK
     # The first chunk stays in registers: all there is, unless the row is long. Others come one ahead.
-    first_key = load_keys(scores_row_ptr, sink_pages + lane, end)
+    first_page = sink_pages + lane
+    first_key = load_keys(scores_row_ptr, first_page, lane < count)
     lowest = tl.full([CHUNK], 0x7FFFFFFF, tl.int32)
     highest = tl.zeros([CHUNK], tl.int32)
     key = first_key
-    for start in range(sink_pages, end, CHUNK):
-        page = start + lane
-        lowest = tl.minimum(lowest, tl.where(page < end, key, 0x7FFFFFFF))
-        highest = tl.maximum(highest, tl.where(page < end, key, 0))
-        key = load_keys(scores_row_ptr, page + CHUNK, end)
+    for start in range(0, count, CHUNK):
+        index = start + lane
+        lowest = tl.minimum(lowest, tl.where(index < count, key, 0x7FFFFFFF))
+        highest = tl.maximum(highest, tl.where(index < count, key, 0))
+        key = load_keys(scores_row_ptr, sink_pages + index + CHUNK, index + CHUNK < count)
     smallest, largest = tl.reduce((lowest, highest), 0, extremes)
+    if (count > CHUNK) & (wanted <= GROUPS):
+        least = tl.min(tl.max(tl.reshape(highest, (CHUNK // GROUPS, GROUPS)), 0), 0)
+        num_listed = 0
+        key = first_key
+        for start in range(0, count, CHUNK):
+            index = start + lane
+            keep = (index < count) & (key >= least)
+            rank = tl.cumsum(keep.to(tl.int32), 0)
+            position = num_listed + rank - 1
+            tl.store(listed_row_ptr + position, sink_pages + index, mask=keep & (position < CHUNK))
+            num_listed += tl.max(rank, 0)
+            key = load_keys(scores_row_ptr, sink_pages + index + CHUNK, index + CHUNK < count)
+        if num_listed <= CHUNK:
+            tl.debug_barrier()  # other threads wrote the list
+            count = num_listed
+            smallest = least
+            first_page = tl.load(listed_row_ptr + lane, mask=lane < count, other=0)
+            first_key = load_keys(scores_row_ptr, first_page, lane < count)
     differing = smallest ^ largest
     # The lowest bits of the threshold, which are not known yet: up to the highest in which keys differ, whose
     # place is a float's exponent (one more where the float is rounded up).
@@ -105,11 +131,11 @@ def select_kernel(
         shift = tl.maximum(open_bits - DIGIT_BITS, 0)
         counts = tl.zeros([bins], tl.int32)
         key = first_key
-        for start in range(sink_pages, end, CHUNK):
-            page = start + lane
-            candidate = (page < end) & ((key >> open_bits) == (threshold >> open_bits))
+        for start in range(0, count, CHUNK):
+            index = start + lane
+            candidate = (index < count) & ((key >> open_bits) == (threshold >> open_bits))
             counts += tl.histogram((key >> shift) & (bins - 1), bins, mask=candidate)
-            key = load_keys(scores_row_ptr, page + CHUNK, end)
+            key = load_keys(scores_row_ptr, sink_pages + index + CHUNK, index + CHUNK < count)
         at_least = tl.cumsum(counts, 0, reverse=True)
         # One digit is the last that is kept: sum up what is known of it, in one number.
         is_last = (at_least >= equals) & (at_least - counts < equals)
@@ -121,10 +147,11 @@ def select_kernel(
         open_bits = tl.where(whole, 0, shift)
 
     taken = 0
+    page = first_page
     key = first_key
-    for start in range(sink_pages, end, CHUNK):
-        page = start + lane
-        keep = (page < end) & (key >= threshold)
+    for start in range(0, count, CHUNK):
+        index = start + lane
+        keep = (index < count) & (key >= threshold)
         if not whole:
             equal = (keep & (key == threshold)).to(tl.int32)
             keep = keep & ((key > threshold) | (tl.cumsum(equal, 0) <= equals))
@@ -133,12 +160,13 @@ def select_kernel(
         position = sink_pages + taken + rank - 1
         store_pages(position, page, keep, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
         taken += tl.max(rank, 0)
-        key = load_keys(scores_row_ptr, page + CHUNK, end)
+        page = sink_pages + index + CHUNK
+        key = load_keys(scores_row_ptr, page, index + CHUNK < count)
     edge = tl.arange(0, EDGE)
     for start in range(0, sink_pages, EDGE):
-        page = start + edge
-        mask = page < sink_pages
-        store_pages(page, page, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
+        sink = start + edge
+        mask = sink < sink_pages
+        store_pages(sink, sink, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
     for start in range(0, recent_pages, EDGE):
         index = start + edge
         position = sink_pages + wanted + index
