@@ -12,8 +12,8 @@ The tokens are all of the row's, or those of the selection table's pages. A toke
 by side in the cache. The row's own, its last, may be given apart: then they are written to the cache first.
 
 A selection layer leaves its logits behind in 16 bits each, as distances below the largest of their tile,
-``d = max_t x[t] - x[t]``: d + 1 as a float of 3 bits of exponent and 13 of mantissa. That rounds d by at most
-``2^-14 (d + 1)``, and so 2^-d by at most 0.0042% (d + 1) of it.
+``d = max_t x[t] - x[t]``: d + 1, below 128, as a float of 3 bits of exponent and 13 of mantissa. That rounds
+d by at most ``2^-14 (d + 1)``, and so 2^-d by at most 0.0042% (d + 1) of it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import triton.language as tl
 @triton.jit
 def encode_distance(distance_and_one):
     """Distances, not negative, plus 1, to 16 bits: those below the exponent's lowest are left of a float."""
-    nearest = tl.minimum(distance_and_one, 255.984375).to(tl.int32, bitcast=True) + 512
-    return ((nearest - 0x3F800000) >> 10).to(tl.int16)
+    nearest = tl.minimum(distance_and_one, 127.9921875).to(tl.int32, bitcast=True) + 512
+    return ((nearest - 0x3F000000) >> 10).to(tl.int16)
 
 
 @triton.jit
 def decode_distance(code):
-    """What `encode_distance` was given, float32."""
-    return (((code.to(tl.int32) & 0xFFFF) << 10) + 0x3F800000).to(tl.float32, bitcast=True)
+    """What `encode_distance` was given, float32, from the lower half of an int32."""
+    return ((code << 10) & 0x03FFFC00).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
 
 
 @triton.jit
@@ -299,9 +299,10 @@ def combine_kernel(
     count = tl.load(row_pieces_ptr + row * 4 + 1)
     token = tl.load(row_pieces_ptr + row * 4 + 2).to(tl.int64)
     if PDL:
-        if not SPARSE:
-            tl.extra.cuda.gdc_launch_dependents()  # `score_logits_kernel` may start, and wait
         tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on the pieces, too
+        if not SPARSE:
+            # `score_logits_kernel` may start, read the logits, which are complete now, and wait for the sums.
+            tl.extra.cuda.gdc_launch_dependents()
     if count == 0:
         return
     dim = tl.arange(0, D_PAD)

@@ -29,8 +29,9 @@ LOGIT_TILE = 128
 #: Bytes of a logit, with its share of the tiles' maxima.
 LOGIT_BYTES = 2 + 4 / MIN_TILE
 
-#: Programs that score a piece of a row.
-SCORE_SHARES = 32
+#: Programs that score a piece of a row: of several rows, and of one, which is cut into more pieces.
+SCORE_SHARES = 44
+SCORE_SHARES_OF_ONE = 24
 
 #: Programs that store a schedule's pieces.
 SCHEDULE_PARTS = 16
@@ -108,8 +109,8 @@ class LayerShape:
 
     @property
     def padded_group(self) -> int:
-        """Query heads of a KV head, padded to a power of two."""
-        return _next_power_of_2(self.num_heads // self.num_kv_heads)
+        """Query heads of a KV head, padded to a power of two, at least 2: logits are read in pairs."""
+        return max(2, _next_power_of_2(self.num_heads // self.num_kv_heads))
 
     @property
     def padded_heads(self) -> int:
@@ -481,7 +482,8 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         return
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
     num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
-    score_logits_kernel[(num_pieces, SCORE_SHARES)](
+    shares = SCORE_SHARES if len(rows) > 1 else SCORE_SHARES_OF_ONE
+    score_logits_kernel[(num_pieces, shares)](
         workspace.logits,
         workspace.logit_maxima,
         workspace.lse,
@@ -496,14 +498,14 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         TILE=max(tuning.tile, selection.page_size),
         SUBTILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
-        SHARES=SCORE_SHARES,
-        num_warps=min(8, max(2, _next_power_of_2(shape.padded_heads) // 8)),
+        SHARES=shares,
+        num_warps=1,
         **_dependent_launch(query.device),
     )
     if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):
         return  # there is room for the logits of any rows
     q_scale, k_scale, _, quantized = _scales(parameters, query)
-    score_keys_kernel[(num_pieces, SCORE_SHARES)](
+    score_keys_kernel[(num_pieces, shares)](
         query,
         kv_cache,
         inputs.block_table,
@@ -529,7 +531,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         PAGE=selection.page_size,
         BLOCK=kv_cache.shape[2],
         TILE=LOGIT_TILE,
-        SHARES=SCORE_SHARES,
+        SHARES=shares,
         SOFTCAP=parameters.softcap != 0,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],

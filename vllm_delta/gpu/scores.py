@@ -31,6 +31,26 @@ def store_page_scores(best, valid, scores_row_ptr, start, length, PAGE: tl.const
 
 
 @triton.jit
+def load_codes(
+    logits_ptr,
+    first_tile,
+    start,
+    end,
+    pair,
+    places,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOGIT_TILE: tl.constexpr,
+):
+    """Codes of a tile, ``[TILE, pairs]``, in an int32 those of two heads, the even one's lower."""
+    tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
+    pairs_ptr = logits_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    tile_ptr = pairs_ptr + (tile * (KV_HEADS * LOGIT_TILE) + start % LOGIT_TILE) * (GROUP // 2)
+    end_pair = tl.where(start < end, KV_HEADS * (GROUP // 2), 0)
+    return tl.load(tile_ptr + places, mask=(pair < end_pair)[None, :], other=0)
+
+
+@triton.jit
 def score_logits_kernel(
     logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP], see `encode_distance`
     logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / SUBTILE, KV_HEADS, GROUP]
@@ -49,7 +69,10 @@ def score_logits_kernel(
     SHARES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every SHARES-th tile of one piece, of a row that has logits."""
+    """Every SHARES-th tile of one piece, of a row that has logits.
+
+    With PDL, logits are read before the launch ahead ends, which combines pieces and waits for them itself.
+    """
     piece = tl.program_id(0)
     record_ptr = pieces_ptr + piece * 8
     row = tl.load(record_ptr)
@@ -59,40 +82,41 @@ def score_logits_kernel(
     length = tl.load(record_ptr + 7)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # `select_kernel` may start, and wait
-        tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
     if (row < 0) | (first_tile < 0):
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
         return
     heads: tl.constexpr = H // KV_HEADS
-    column = tl.arange(0, KV_HEADS_PAD * GROUP)
-    kv_head = column // GROUP
-    group = column % GROUP
+    pairs: tl.constexpr = GROUP // 2
+    pair = tl.arange(0, KV_HEADS_PAD * pairs)
+    kv_head = pair // pairs
+    group = pair % pairs * 2
     has_column = kv_head < KV_HEADS
-    # Heads that there are not have a sum that no logit reaches.
-    has_head = has_column & (group < heads)
-    lse = tl.load(lse_ptr + row * H + kv_head * heads + group, mask=has_head, other=float("inf"))
     position = tl.arange(0, TILE)
-    places = (kv_head * LOGIT_TILE * GROUP + group)[None, :] + (position * GROUP)[:, None]
+    places = (kv_head * (LOGIT_TILE * pairs) + pair % pairs)[None, :] + (position * pairs)[:, None]
+    first = begin + tl.program_id(1) * TILE
+    codes = load_codes(logits_ptr, first_tile, first, end, pair, places, KV_HEADS, GROUP, LOGIT_TILE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for the sums
+    # Heads that there are not have a sum that no logit reaches.
+    head_lse_ptr = lse_ptr + row * H + kv_head * heads + group
+    even_lse = tl.load(head_lse_ptr, mask=has_column & (group < heads), other=float("inf"))
+    odd_lse = tl.load(head_lse_ptr + 1, mask=has_column & (group + 1 < heads), other=float("inf"))
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-    for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
-        tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
-        within = start % LOGIT_TILE
-        code = tl.load(
-            logits_ptr + (tile * (KV_HEADS * LOGIT_TILE) + within) * GROUP + places,
-            mask=has_column[None, :],
-            other=0,
-        )
-        maxima_ptr = logit_maxima_ptr + (tile * (LOGIT_TILE // SUBTILE) + within // SUBTILE) * (
-            KV_HEADS * GROUP
-        )
-        if TILE <= SUBTILE:
-            maximum = tl.load(maxima_ptr + column, mask=has_column, other=0.0)
-            x = (maximum + 1.0 - lse)[None, :] - decode_distance(code)
-        else:
-            offsets = column[None, :] + (position // SUBTILE * (KV_HEADS * GROUP))[:, None]
-            maximum = tl.load(maxima_ptr + offsets, mask=has_column[None, :], other=0.0)
-            x = maximum - (lse - 1.0)[None, :] - decode_distance(code)
-        best = tl.max(x, 1)
+    for start in range(first, end, SHARES * TILE):
+        subtile = (first_tile + start // LOGIT_TILE).to(tl.int64) * (LOGIT_TILE // SUBTILE)
+        subtile += start % LOGIT_TILE // SUBTILE
+        maxima_ptrs = (logit_maxima_ptr + subtile * (KV_HEADS * GROUP) + 2 * pair)[None, :]
+        if TILE > SUBTILE:
+            maxima_ptrs += (position // SUBTILE * (KV_HEADS * GROUP))[:, None]
+        even_maximum = tl.load(maxima_ptrs, mask=has_column[None, :], other=0.0)
+        odd_maximum = tl.load(maxima_ptrs + 1, mask=has_column[None, :], other=0.0)
+        even_x = even_maximum + (1.0 - even_lse)[None, :] - decode_distance(codes)
+        odd_x = odd_maximum + (1.0 - odd_lse)[None, :] - decode_distance(codes >> 16)
+        best = tl.max(tl.maximum(even_x, odd_x), 1)
         store_page_scores(best, start + position < end, scores_row_ptr, start, length, PAGE, TILE)
+        next_start = start + SHARES * TILE
+        codes = load_codes(logits_ptr, first_tile, next_start, end, pair, places, KV_HEADS, GROUP, LOGIT_TILE)
 
 
 @triton.jit
