@@ -195,24 +195,28 @@ def attention_kernel(
     entry = load_entries(
         begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, PAGE, BLOCK
     )
+    kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
+    if APPEND:
+        slot = tl.load(slot_ptr + token_of_row)
+        # The piece that reads the row's own token writes it.
+        new_dims = tl.where((end == tl.where(selected, table_end, length)) & (slot >= 0), D, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for query and cache, which the launch ahead may have written
         tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
+    if APPEND:
+        k_ptr = key_ptr + token_of_row * key_stride_token + kv_head * key_stride_head
+        v_ptr = value_ptr + token_of_row * value_stride_token + kv_head * value_stride_head
+        new_key = tl.load(k_ptr + dim, mask=dim < new_dims)
+        new_value = tl.load(v_ptr + dim, mask=dim < new_dims)
     query_row_ptr = query_ptr + token_of_row * query_stride_token
     q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_stride_head).to(COMPUTE)
     if QUANTIZED:
         scale = scale * tl.load(q_scale_ptr) * tl.load(k_scale_ptr)
-    kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
     if APPEND:
-        is_last = end == tl.where(selected, table_end, length)  # it reads the row's own token
-        slot = tl.load(slot_ptr + token_of_row)
-        if is_last & (slot >= 0):
-            token_ptr = kv_head_ptr + slot // BLOCK * kv_stride_block + slot % BLOCK * kv_stride_token
-            k_ptr = key_ptr + token_of_row * key_stride_token + kv_head * key_stride_head
-            v_ptr = value_ptr + token_of_row * value_stride_token + kv_head * value_stride_head
-            tl.store(token_ptr + dim, tl.load(k_ptr + dim, mask=has_dim), mask=has_dim)
-            tl.store(token_ptr + D + dim, tl.load(v_ptr + dim, mask=has_dim), mask=has_dim)
-            tl.debug_barrier()  # other threads of the program read them
+        token_ptr = kv_head_ptr + slot // BLOCK * kv_stride_block + slot % BLOCK * kv_stride_token
+        tl.store(token_ptr + dim, new_key, mask=dim < new_dims)
+        tl.store(token_ptr + D + dim, new_value, mask=dim < new_dims)
+        tl.debug_barrier()  # other threads of the program read them
     logit_columns = tl.where(first_logit_tile >= 0, GROUP, 0)
 
     maximum = tl.full([COLUMNS], -float("inf"), tl.float32)

@@ -69,7 +69,6 @@ _SELECTION = (
     *_LONG_KEYS,
 )
 _SPARSE = (
-    Rule(Tuning(tile=128, num_warps=4, num_stages=2, programs=1), key_bytes=256, units=8),
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=32),
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=4), key_bytes=256),
     *_LONG_KEYS,
