@@ -256,11 +256,13 @@ def attention_kernel(
                 logits_ptr + place[:, None] * GROUP + group[None, :],
                 encode_distance((tile_maximum + 1.0)[None, :] - x),
                 mask=(group < logit_columns)[None, :],
+                eviction_policy="evict_last",  # until they are scored
             )
             tl.store(
                 logit_maxima_ptr + (subtile * KV_HEADS + kv_head) * GROUP + group,
                 tile_maximum,
                 mask=group < logit_columns,
+                eviction_policy="evict_last",
             )
 
     total = tl.sum(totals, 0)

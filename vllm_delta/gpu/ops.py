@@ -29,9 +29,8 @@ LOGIT_TILE = 128
 #: Bytes of a logit, with its share of the tiles' maxima.
 LOGIT_BYTES = 2 + 4 / MIN_TILE
 
-#: Programs that score a piece of a row: of several rows, and of one, which is cut into more pieces.
-SCORE_SHARES = 44
-SCORE_SHARES_OF_ONE = 24
+#: Programs of a multiprocessor that score, a warp each: about as many as run at a time.
+SCORE_PROGRAMS = 20
 
 #: Programs that store a schedule's pieces.
 SCHEDULE_PARTS = 16
@@ -482,7 +481,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         return
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
     num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
-    shares = SCORE_SHARES if len(rows) > 1 else SCORE_SHARES_OF_ONE
+    shares = max(1, SCORE_PROGRAMS * _multiprocessors(query.device) // num_pieces)
     score_logits_kernel[(num_pieces, shares)](
         workspace.logits,
         workspace.logit_maxima,
@@ -498,7 +497,7 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         TILE=max(tuning.tile, selection.page_size),
         SUBTILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
-        SHARES=shares,
+        DISCARD=query.device.type == "cuda",
         num_warps=1,
         **_dependent_launch(query.device),
     )
@@ -531,7 +530,6 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         PAGE=selection.page_size,
         BLOCK=kv_cache.shape[2],
         TILE=LOGIT_TILE,
-        SHARES=shares,
         SOFTCAP=parameters.softcap != 0,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],

@@ -51,6 +51,34 @@ def load_codes(
 
 
 @triton.jit
+def discard_codes(
+    logits_ptr,
+    first_tile,
+    start,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    LOGIT_TILE: tl.constexpr,
+):
+    """Drop a tile's codes from the L2 cache: what has not been written to memory yet need not be."""
+    line: tl.constexpr = 64  # int16
+    lines: tl.constexpr = TILE * GROUP // line
+    index = tl.arange(0, KV_HEADS_PAD * lines)
+    kv_head = tl.minimum(index // lines, KV_HEADS - 1)
+    tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
+    tile_ptr = logits_ptr + (tile * (KV_HEADS * LOGIT_TILE) + start % LOGIT_TILE) * GROUP
+    tl.inline_asm_elementwise(
+        "discard.global.L2 [$1], 128; mov.b32 $0, 0;",
+        "=r,l",
+        [(tile_ptr + kv_head * (LOGIT_TILE * GROUP) + index % lines * line).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def score_logits_kernel(
     logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP], see `encode_distance`
     logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / SUBTILE, KV_HEADS, GROUP]
@@ -66,10 +94,10 @@ def score_logits_kernel(
     TILE: tl.constexpr,
     SUBTILE: tl.constexpr,
     LOGIT_TILE: tl.constexpr,
-    SHARES: tl.constexpr,
+    DISCARD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every SHARES-th tile of one piece, of a row that has logits.
+    """One share of one piece's tiles, of a row that has logits; with DISCARD they are gone afterwards.
 
     With PDL, logits are read before the launch ahead ends, which combines pieces and waits for them itself.
     """
@@ -95,6 +123,7 @@ def score_logits_kernel(
     position = tl.arange(0, TILE)
     places = (kv_head * (LOGIT_TILE * pairs) + pair % pairs)[None, :] + (position * pairs)[:, None]
     first = begin + tl.program_id(1) * TILE
+    step = tl.num_programs(1) * TILE
     codes = load_codes(logits_ptr, first_tile, first, end, pair, places, KV_HEADS, GROUP, LOGIT_TILE)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for the sums
@@ -103,7 +132,7 @@ def score_logits_kernel(
     even_lse = tl.load(head_lse_ptr, mask=has_column & (group < heads), other=float("inf"))
     odd_lse = tl.load(head_lse_ptr + 1, mask=has_column & (group + 1 < heads), other=float("inf"))
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-    for start in range(first, end, SHARES * TILE):
+    for start in range(first, end, step):
         subtile = (first_tile + start // LOGIT_TILE).to(tl.int64) * (LOGIT_TILE // SUBTILE)
         subtile += start % LOGIT_TILE // SUBTILE
         maxima_ptrs = (logit_maxima_ptr + subtile * (KV_HEADS * GROUP) + 2 * pair)[None, :]
@@ -115,8 +144,12 @@ def score_logits_kernel(
         odd_x = odd_maximum + (1.0 - odd_lse)[None, :] - decode_distance(codes >> 16)
         best = tl.max(tl.maximum(even_x, odd_x), 1)
         store_page_scores(best, start + position < end, scores_row_ptr, start, length, PAGE, TILE)
-        next_start = start + SHARES * TILE
-        codes = load_codes(logits_ptr, first_tile, next_start, end, pair, places, KV_HEADS, GROUP, LOGIT_TILE)
+        if DISCARD:
+            tl.debug_barrier()  # after other threads' loads
+            discard_codes(logits_ptr, first_tile, start, KV_HEADS, GROUP, KV_HEADS_PAD, TILE, LOGIT_TILE)
+        codes = load_codes(
+            logits_ptr, first_tile, start + step, end, pair, places, KV_HEADS, GROUP, LOGIT_TILE
+        )
 
 
 @triton.jit
@@ -146,12 +179,11 @@ def score_keys_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-    SHARES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     QUANTIZED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Every SHARES-th tile of one piece, of a row that needs scores and has no logits."""
+    """One share of one piece's tiles, of a row that needs scores and has no logits."""
     piece = tl.program_id(0)
     record_ptr = pieces_ptr + piece * 8
     row = tl.load(record_ptr)
@@ -173,7 +205,7 @@ def score_keys_kernel(
     query_row_ptr = query_ptr + token_of_row * query_stride_token
     block_row_ptr = block_table_ptr + request * block_table_stride
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-    for start in range(begin + tl.program_id(1) * TILE, end, SHARES * TILE):
+    for start in range(begin + tl.program_id(1) * TILE, end, tl.num_programs(1) * TILE):
         token = start + position
         valid = token < end
         entry = load_entries(token, end, block_row_ptr, block_row_ptr, False, False, False, PAGE, BLOCK)
