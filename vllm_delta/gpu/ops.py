@@ -256,7 +256,7 @@ class Workspace:
         """Allocate for layers of the given shapes.
 
         Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads (H' with each KV head's padded
-        to a power of two), D the head size, T the least tile of the attention kernel and
+        to a power of two, at least 2), D the head size, T the least tile of the attention kernel and
         P = programs * waves * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
         ``4 r max_length / page_size`` and ``8192 r``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
         """
@@ -446,8 +446,8 @@ def select_pages(
     if len(rows) == 0:
         return
     page_size = selection.page_size
-    forced_tokens = selection.recent_tokens + selection.sink_tokens
-    wanted = selection.budget_pages - forced_tokens // page_size
+    recent_pages, sink_pages = selection.recent_tokens // page_size, selection.sink_tokens // page_size
+    wanted = selection.budget_pages - recent_pages - sink_pages
     select_kernel[(len(rows),)](
         scores,
         rows.requests,
@@ -460,8 +460,8 @@ def select_pages(
         block_table.stride(0),
         table.pages.stride(0),
         selection.budget_pages,
-        selection.recent_tokens // page_size,
-        selection.sink_tokens // page_size,
+        recent_pages,
+        sink_pages,
         PAGE=page_size,
         PAGES_PER_BLOCK=block_size // page_size,
         CHUNK=SELECT_CHUNK,

@@ -86,11 +86,12 @@ def schedule_kernel(
     share = tl.maximum(tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, most), 1)), 1)
     count = tl.cdiv(tiles, share)  # with even shares the last piece might be empty
     first = tl.cumsum(count, 0) - count
-    row_pieces = row_pieces_ptr + (is_sparse * capacity + row) * 4
-    tl.store(row_pieces, first, mask=valid)
-    tl.store(row_pieces + 1, count, mask=valid)
-    tl.store(row_pieces + 2, token, mask=valid)
-    tl.store(row_pieces + 3, tokens, mask=valid)
+    if part == 0:
+        row_pieces = row_pieces_ptr + (is_sparse * capacity + row) * 4
+        tl.store(row_pieces, first, mask=valid)
+        tl.store(row_pieces + 1, count, mask=valid)
+        tl.store(row_pieces + 2, token, mask=valid)
+        tl.store(row_pieces + 3, tokens, mask=valid)
 
     share *= tile
     base = pieces_ptr + is_sparse * num_pieces * 8

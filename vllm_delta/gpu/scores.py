@@ -31,6 +31,16 @@ def store_page_scores(best, valid, scores_row_ptr, start, length, PAGE: tl.const
 
 
 @triton.jit
+def locate_codes(
+    logits_ptr, first_tile, start, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, LOGIT_TILE: tl.constexpr
+):
+    """Where a tile's codes begin; an int32 has those of two heads, the even one's in its lower half."""
+    tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
+    pairs_ptr = logits_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return pairs_ptr + (tile * (KV_HEADS * LOGIT_TILE) + start % LOGIT_TILE) * (GROUP // 2)
+
+
+@triton.jit
 def load_codes(
     logits_ptr,
     first_tile,
@@ -42,10 +52,8 @@ def load_codes(
     GROUP: tl.constexpr,
     LOGIT_TILE: tl.constexpr,
 ):
-    """Codes of a tile, ``[TILE, pairs]``, in an int32 those of two heads, the even one's lower."""
-    tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
-    pairs_ptr = logits_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    tile_ptr = pairs_ptr + (tile * (KV_HEADS * LOGIT_TILE) + start % LOGIT_TILE) * (GROUP // 2)
+    """Codes of a tile, in pairs: ``[TILE, pairs]``."""
+    tile_ptr = locate_codes(logits_ptr, first_tile, start, KV_HEADS, GROUP, LOGIT_TILE)
     end_pair = tl.where(start < end, KV_HEADS * (GROUP // 2), 0)
     return tl.load(tile_ptr + places, mask=(pair < end_pair)[None, :], other=0)
 
@@ -62,16 +70,16 @@ def discard_codes(
     LOGIT_TILE: tl.constexpr,
 ):
     """Drop a tile's codes from the L2 cache: what has not been written to memory yet need not be."""
-    line: tl.constexpr = 64  # int16
-    lines: tl.constexpr = TILE * GROUP // line
+    pairs: tl.constexpr = GROUP // 2
+    line: tl.constexpr = 32  # pairs
+    lines: tl.constexpr = TILE * pairs // line
     index = tl.arange(0, KV_HEADS_PAD * lines)
     kv_head = tl.minimum(index // lines, KV_HEADS - 1)
-    tile = (first_tile + start // LOGIT_TILE).to(tl.int64)
-    tile_ptr = logits_ptr + (tile * (KV_HEADS * LOGIT_TILE) + start % LOGIT_TILE) * GROUP
+    tile_ptr = locate_codes(logits_ptr, first_tile, start, KV_HEADS, GROUP, LOGIT_TILE)
     tl.inline_asm_elementwise(
         "discard.global.L2 [$1], 128; mov.b32 $0, 0;",
         "=r,l",
-        [(tile_ptr + kv_head * (LOGIT_TILE * GROUP) + index % lines * line).to(tl.int64)],
+        [(tile_ptr + kv_head * (LOGIT_TILE * pairs) + index % lines * line).to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

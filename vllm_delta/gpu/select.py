@@ -16,9 +16,9 @@ import triton.language as tl
 
 
 @triton.jit
-def load_keys(scores_row_ptr, page, valid):
+def load_keys(scores_row_ptr, page, end):
     """Scores as integers of the same order; what is not a number counts, whatever its sign, as some score."""
-    score = tl.load(scores_row_ptr + page, mask=valid, other=0.0)
+    score = tl.load(scores_row_ptr + page, mask=page < end, other=0.0)
     return tl.maximum(score.to(tl.int32, bitcast=True), 0)
 
 
@@ -82,10 +82,11 @@ def select_kernel(
     end = num_pages - recent_pages
     wanted = budget_pages - recent_pages - sink_pages
     count = end - sink_pages
+    candidates_ptr = scores_row_ptr + sink_pages
     listed_row_ptr = listed_ptr + row * CHUNK
     # The first chunk stays in registers: all there is, unless the row is long. Others come one ahead.
     first_page = sink_pages + lane
-    first_key = load_keys(scores_row_ptr, first_page, lane < count)
+    first_key = load_keys(candidates_ptr, lane, count)
     lowest = tl.full([CHUNK], 0x7FFFFFFF, tl.int32)
     highest = tl.zeros([CHUNK], tl.int32)
     key = first_key
@@ -93,7 +94,7 @@ def select_kernel(
         index = start + lane
         lowest = tl.minimum(lowest, tl.where(index < count, key, 0x7FFFFFFF))
         highest = tl.maximum(highest, tl.where(index < count, key, 0))
-        key = load_keys(scores_row_ptr, sink_pages + index + CHUNK, index + CHUNK < count)
+        key = load_keys(candidates_ptr, index + CHUNK, count)
     smallest, largest = tl.reduce((lowest, highest), 0, extremes)
     if (count > CHUNK) & (wanted <= GROUPS):
         least = tl.min(tl.max(tl.reshape(highest, (CHUNK // GROUPS, GROUPS)), 0), 0)
@@ -106,13 +107,13 @@ def select_kernel(
             position = num_listed + rank - 1
             tl.store(listed_row_ptr + position, sink_pages + index, mask=keep & (position < CHUNK))
             num_listed += tl.max(rank, 0)
-            key = load_keys(scores_row_ptr, sink_pages + index + CHUNK, index + CHUNK < count)
+            key = load_keys(candidates_ptr, index + CHUNK, count)
         if num_listed <= CHUNK:
             tl.debug_barrier()  # other threads wrote the list
             count = num_listed
             smallest = least
             first_page = tl.load(listed_row_ptr + lane, mask=lane < count, other=0)
-            first_key = load_keys(scores_row_ptr, first_page, lane < count)
+            first_key = load_keys(scores_row_ptr, first_page, end)
     differing = smallest ^ largest
     # The lowest bits of the threshold, which are not known yet: up to the highest in which keys differ, whose
     # place is a float's exponent (one more where the float is rounded up).
@@ -135,7 +136,7 @@ def select_kernel(
             index = start + lane
             candidate = (index < count) & ((key >> open_bits) == (threshold >> open_bits))
             counts += tl.histogram((key >> shift) & (bins - 1), bins, mask=candidate)
-            key = load_keys(scores_row_ptr, sink_pages + index + CHUNK, index + CHUNK < count)
+            key = load_keys(candidates_ptr, index + CHUNK, count)
         at_least = tl.cumsum(counts, 0, reverse=True)
         # One digit is the last that is kept: sum up what is known of it, in one number.
         is_last = (at_least >= equals) & (at_least - counts < equals)
@@ -161,7 +162,7 @@ def select_kernel(
         store_pages(position, page, keep, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
         taken += tl.max(rank, 0)
         page = sink_pages + index + CHUNK
-        key = load_keys(scores_row_ptr, page, index + CHUNK < count)
+        key = load_keys(candidates_ptr, index + CHUNK, count)
     edge = tl.arange(0, EDGE)
     for start in range(0, sink_pages, EDGE):
         sink = start + edge
