@@ -54,6 +54,8 @@ def compile_all() -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         values = dict(zip(names, args, strict=False)) | kwargs
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        if "DISCARD" in constants:
+            constants["DISCARD"] = True  # as on a GPU
         signature = {name: "constexpr" if name in constants else kind(values[name]) for name in names}
         source = ASTSource(kernel, signature, {(names.index(name),): constants[name] for name in constants})
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
