@@ -32,7 +32,7 @@ def test_kernels_compile() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "compiled 15 kernels" in result.stdout
+    assert "compiled 14 kernels" in result.stdout
 
 
 def compile_all() -> None:
@@ -67,7 +67,8 @@ def compile_all() -> None:
         return "fp32" if isinstance(value, float) else "i32"
 
     hopper = mock.patch.object(ops, "_has_dependent_launch", lambda device: True)
-    with hopper, mock.patch.object(JITFunction, "run", launch):
+    few = mock.patch.object(ops, "_multiprocessors", lambda device: 4)
+    with hopper, few, mock.patch.object(JITFunction, "run", launch):
         for case in (
             Case((200, 0), dtype=torch.bfloat16, head_size=128),
             Case(
@@ -79,7 +80,7 @@ def compile_all() -> None:
             batch.run(sparse=False, append=not case.fp8)
             batch.table.pages.zero_()
             batch.run(sparse=True, append=not case.fp8)
-    # Seven launches for both layers; one more to score from the keys.
+    # Seven launches for both layers: one less where rows are whole, one more to score from the keys.
     print(f"compiled {compiled} kernels")
 
 

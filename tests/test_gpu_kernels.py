@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def check_batch(batch: Batch) -> None:
     from_pages, _ = batch.run(sparse=True, same_blocks=False, append=not case.fp8)
     assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
     assert torch.equal(sparse.nan_to_num(9), from_pages.nan_to_num(9))
+    assert not bool(batch.workspace.arrived.any())
     attended = 0
     for row, length in enumerate(case.lengths):
         if length == 0:
@@ -111,18 +113,48 @@ def test_tiles_fit_the_shared_memory() -> None:
     ):
         if key_bytes == 1024 and shared_memory == 101376:
             continue
-        tuning = choose_tuning(key_bytes, units, shared_memory, sparse=sparse)
+        tuning = choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse)
         assert tuning.num_stages * tuning.tile * 2 * key_bytes < shared_memory
         assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2
     with pytest.raises(ValueError, match="need more shared memory than 101376 bytes"):
-        choose_tuning(1024, 1, 101376, sparse=False)
+        choose_tuning(1024, 1, 101376, 132, sparse=False)
     with pytest.raises(ValueError, match="no kernel for keys of 2048 bytes"):
-        choose_tuning(2048, 1, 232448, sparse=False)
+        choose_tuning(2048, 1, 232448, 132, sparse=False)
+
+
+def test_rows_are_whole_where_they_fill_the_gpu() -> None:
+    def whole(key_bytes: int, shared_memory: int, *, sparse: bool = True) -> list[int]:
+        return [
+            units
+            for units in range(1, 400)
+            if choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse).whole
+        ]
+
+    assert whole(256, 232448) == [*range(106, 133), *range(159, 265)]
+    assert not whole(256, 232448, sparse=False)
+    for other in ((128, 232448), (512, 232448), (256, 101376)):
+        assert not whole(*other), "not measured, or too little shared memory"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_layers_equal_reference(name: str) -> None:
     check_batch(Batch(CASES[name]))
+
+
+@pytest.mark.parametrize("multiprocessors", [11, 6])
+@pytest.mark.parametrize(
+    "options", [{"dense_rows": (1,)}, {"sinks": True, "softcap": 5.0}, {"fp8": True}], ids=str
+)
+def test_whole_rows(multiprocessors: int, options: dict) -> None:
+    """Rows that fill a GPU of so many multiprocessors, but for those that are much longer than others."""
+    lengths = (100, 700, 90, 0, 120)
+    case = Case(lengths, head_size=128, budget_tokens=512, page_size=16, **options)
+    with mock.patch.object(ops, "_multiprocessors", lambda device: multiprocessors):
+        batch = Batch(case)
+        assert ops._tunings(batch.shape, 2, len(lengths), torch.device(DEVICE))[1].whole
+        check_batch(batch)
+    pieces = batch.schedule.row_pieces[1, :, 1].tolist()
+    assert 1 in pieces and max(pieces) > 1, "rows of one piece and of several"
 
 
 @pytest.mark.parametrize("sparse", [False, True])

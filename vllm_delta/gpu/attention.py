@@ -10,6 +10,7 @@ and over the pieces i of the row, ``L2 = log2(2^sink + sum_i 2^l2[i])``,
 ``out = sum_i 2^(l2[i] - L2) out[i]``.
 The tokens are all of the row's, or those of the selection table's pages. A token's key and value stand side
 by side in the cache. The row's own, its last, may be given apart: then they are written to the cache first.
+Pieces are combined by a launch of its own or, where most rows have one, by the last program that is done.
 
 A selection layer leaves its logits behind in 16 bits each, as distances below the largest of their tile,
 ``d = max_t x[t] - x[t]``: d + 1, below 128, as a float of 3 bits of exponent and 13 of mantissa. That rounds
@@ -114,7 +115,50 @@ def scaled_logits(raw, scale, softcap, SOFTCAP: tl.constexpr):
     return x * log2_e
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_ptr"])
+@triton.jit
+def combine_pieces(
+    partial_ptr,
+    partial_lse_ptr,
+    first,  # piece
+    count,
+    head,  # int32 [COLUMNS]
+    has_head,
+    dim,
+    has_dim,
+    H: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Pieces that other programs have just written: their outputs, weighted, ``[COLUMNS, D_PAD]``, and L2."""
+    maximum = tl.full(head.shape, -float("inf"), tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    combined = tl.zeros([head.shape[0], dim.shape[0]], tl.float32)
+    for index in range(count):
+        slot = (first + index).to(tl.int64) * H + head
+        # Not from the first-level cache, which does not see what other multiprocessors write.
+        lse = tl.load(partial_lse_ptr + slot, mask=has_head, other=0.0, cache_modifier=".cg")
+        part_ptrs = partial_ptr + slot[:, None] * D + dim[None, :]
+        part = tl.load(part_ptrs, mask=has_head[:, None] & has_dim[None, :], other=0.0, cache_modifier=".cg")
+        new_maximum = tl.maximum(maximum, lse)
+        decay = tl.exp2(maximum - new_maximum)
+        weight = tl.exp2(lse - new_maximum)
+        total = total * decay + weight
+        combined = combined * decay[:, None] + part * weight[:, None]
+        maximum = new_maximum
+    return combined / total[:, None], maximum + tl.log2(total)
+
+
+@triton.jit
+def count_row(counters_ptr, dense_row_ptr, attended, length, SPARSE: tl.constexpr):
+    """Count a row of this layer; the counters as in `combine_kernel`."""
+    tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    tl.atomic_add(counters_ptr + 1, attended.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters_ptr + 2, length.to(tl.int64), sem="relaxed")
+    if SPARSE and attended == length:
+        reason = tl.where(tl.load(dense_row_ptr) != 0, 3, 4)
+        tl.atomic_add(counters_ptr + reason, 1, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["table_ptr", "dense_ptr"])
 def attention_kernel(
     query_ptr,  # [tokens, H, D]
     kv_cache_ptr,  # [num_blocks, KV_HEADS, BLOCK, 2 * D], any strides but the last
@@ -125,6 +169,13 @@ def attention_kernel(
     logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / TILE, KV_HEADS, GROUP]
     partial_ptr,  # float32 [pieces, H, D]
     partial_lse_ptr,  # float32 [pieces, H]
+    arrived_ptr,  # int32 [rows, KV_HEADS], zeros; read where WHOLE, as the next ones: see `combine_kernel`
+    dense_ptr,
+    row_pieces_ptr,
+    counters_ptr,
+    sinks_ptr,
+    v_scale_ptr,
+    output_ptr,
     key_ptr,  # [tokens, KV_HEADS, D], not in the cache yet; read where APPEND, as is the value
     value_ptr,
     slot_ptr,  # int64 [tokens], see `LayerInputs` in ops.py; read where APPEND
@@ -143,6 +194,8 @@ def attention_kernel(
     kv_stride_token,
     block_table_stride,
     table_stride,
+    output_stride_token,
+    output_stride_head,
     H: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -156,12 +209,17 @@ def attention_kernel(
     SPARSE: tl.constexpr,
     FRAMES: tl.constexpr,
     APPEND: tl.constexpr,
+    WHOLE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One piece of one row, for the query heads of one KV head.
+
+    With WHOLE, a piece that is a whole row is stored as the output; of several, the last program to arrive
+    combines them. Then nothing else has to be launched.
 
     With PDL, what is read of pieces and tables is read while the launch ahead of this one ends, so that must
     not be the one that writes them.
@@ -196,13 +254,18 @@ def attention_kernel(
         begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, PAGE, BLOCK
     )
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * kv_stride_head
+    if WHOLE:
+        first = tl.load(row_pieces_ptr + row * 4)
+        count = tl.load(row_pieces_ptr + row * 4 + 1)
+        attended = tl.load(row_pieces_ptr + row * 4 + 3)
     if APPEND:
         slot = tl.load(slot_ptr + token_of_row)
         # The piece that reads the row's own token writes it.
         new_dims = tl.where((end == tl.where(selected, table_end, length)) & (slot >= 0), D, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for query and cache, which the launch ahead may have written
-        tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
+        if not WHOLE:
+            tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
     if APPEND:
         k_ptr = key_ptr + token_of_row * key_stride_token + kv_head * key_stride_head
         v_ptr = value_ptr + token_of_row * value_stride_token + kv_head * value_stride_head
@@ -266,13 +329,37 @@ def attention_kernel(
             )
 
     total = tl.sum(totals, 0)
-    slot = piece.to(tl.int64) * H + head
-    tl.store(
-        partial_ptr + slot[:, None] * D + dim[None, :],
-        tl.trans(accumulated / total[None, :]),
-        mask=has_head[:, None] & has_dim[None, :],
-    )
-    tl.store(partial_lse_ptr + slot, maximum + tl.log2(total), mask=has_head)
+    result = tl.trans(accumulated / total[None, :])
+    lse = maximum + tl.log2(total)
+    mask = has_head[:, None] & has_dim[None, :]
+    part_slot = piece.to(tl.int64) * H + head
+    part_ptrs = partial_ptr + part_slot[:, None] * D + dim[None, :]
+    if not WHOLE:
+        tl.store(part_ptrs, result, mask=mask)
+        tl.store(partial_lse_ptr + part_slot, lse, mask=has_head)
+    else:
+        arrived = 0
+        if count > 1:
+            tl.store(part_ptrs, result, mask=mask)
+            tl.store(partial_lse_ptr + part_slot, lse, mask=has_head)
+            tl.debug_barrier()  # all threads' stores come before the arrival
+            arrived_ptr += row * KV_HEADS + kv_head
+            arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+            if arrived == count - 1:
+                tl.store(arrived_ptr, 0)  # for the next launch
+                result, lse = combine_pieces(
+                    partial_ptr, partial_lse_ptr, first, count, head, has_head, dim, has_dim, H, D
+                )
+        if arrived == count - 1:
+            if SINKS:
+                sink = tl.load(sinks_ptr + head, mask=has_head, other=0.0).to(tl.float32)
+                result /= 1.0 + tl.exp2(sink * 1.4426950408889634 - lse)[:, None]
+            if QUANTIZED:
+                result *= tl.load(v_scale_ptr)
+            output_ptrs = output_ptr + token_of_row * output_stride_token + head * output_stride_head
+            tl.store(output_ptrs[:, None] + dim[None, :], result, mask=mask)
+            if kv_head == 0:
+                count_row(counters_ptr, dense_ptr + row, attended, length, SPARSE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["lengths_ptr", "dense_ptr"])
@@ -342,9 +429,4 @@ def combine_kernel(
     if head == 0:
         attended = tl.load(row_pieces_ptr + row * 4 + 3)
         length = tl.load(lengths_ptr + row)
-        tl.atomic_add(counters_ptr, 1, sem="relaxed")
-        tl.atomic_add(counters_ptr + 1, attended.to(tl.int64), sem="relaxed")
-        tl.atomic_add(counters_ptr + 2, length.to(tl.int64), sem="relaxed")
-        if SPARSE and attended == length:
-            reason = tl.where(tl.load(dense_ptr + row) != 0, 3, 4)
-            tl.atomic_add(counters_ptr + reason, 1, sem="relaxed")
+        count_row(counters_ptr, dense_ptr + row, attended, length, SPARSE)

@@ -241,6 +241,8 @@ class Workspace:
     partial_lse: Tensor
     #: float32: the rows' logarithms of sums
     lse: Tensor
+    #: int32: pieces of each row and KV head that are done; zeros between launches
+    arrived: Tensor
 
     @classmethod
     def allocate(
@@ -258,9 +260,11 @@ class Workspace:
         Bytes, with r = `max_rows` (as `chunk_rows` gives it), H query heads (H' with each KV head's padded
         to a power of two, at least 2), D the head size, T the least tile of the attention kernel and
         P = programs * waves * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
-        ``4 r max_length / page_size`` and ``8192 r``, pieces ``4 H (D + 1) (r + P)``, and ``4 r H``.
+        ``4 r max_length / page_size`` and ``8192 r``, pieces ``4 H (D + 1) (r + P)``, and ``4 r (H + K)``
+        with K KV heads.
         """
         heads = max(shape.num_heads for shape in shapes)
+        kv_heads = max(shape.num_kv_heads for shape in shapes)
         padded_heads = max(shape.padded_heads for shape in shapes)
         tiles = -(-logit_tokens // LOGIT_TILE)
         pieces = max(
@@ -282,6 +286,7 @@ class Workspace:
             partial=empty(pieces),
             partial_lse=empty(pieces // min_head_size),
             lse=empty(max_rows * heads),
+            arrived=torch.zeros(max_rows * kv_heads, dtype=torch.int32, device=device),
         )
 
     @property
@@ -560,6 +565,7 @@ def _attention(
     num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
     key, value, slots = inputs.appended or (query, query, query)
+    sinks = workspace.lse if parameters.sinks is None else parameters.sinks
     attention_kernel[(num_pieces, shape.num_kv_heads)](
         query,
         kv_cache,
@@ -570,6 +576,13 @@ def _attention(
         workspace.logit_maxima,
         workspace.partial,
         workspace.partial_lse,
+        workspace.arrived,
+        rows.dense,
+        schedule.row_pieces[int(sparse)],
+        counters,
+        sinks,
+        v_scale,
+        output,
         key,
         value,
         slots,
@@ -588,6 +601,8 @@ def _attention(
         kv_cache.stride(2),
         inputs.block_table.stride(0),
         entries.stride(0),
+        output.stride(0),
+        output.stride(1),
         H=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         GROUP=shape.padded_group,
@@ -601,14 +616,17 @@ def _attention(
         SPARSE=sparse,
         FRAMES=frames,
         APPEND=inputs.appended is not None,
+        WHOLE=tuning.whole,
         SOFTCAP=parameters.softcap != 0,
+        SINKS=parameters.sinks is not None,
         QUANTIZED=quantized,
         COMPUTE=_COMPUTE[parameters.dtype],
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         **_dependent_launch(query.device, dependent),
     )
-    sinks = parameters.sinks
+    if tuning.whole:
+        return
     combine_kernel[(len(rows), shape.num_heads)](
         workspace.partial,
         workspace.partial_lse,
@@ -616,7 +634,7 @@ def _attention(
         rows.dense,
         schedule.row_pieces[int(sparse)],
         counters,
-        workspace.lse if sinks is None else sinks,
+        sinks,
         v_scale,
         output,
         workspace.lse,
@@ -627,7 +645,7 @@ def _attention(
         D_PAD=shape.padded_head_size,
         PIECES=COMBINED_ELEMENTS // shape.padded_head_size,
         SPARSE=sparse,
-        SINKS=sinks is not None,
+        SINKS=parameters.sinks is not None,
         QUANTIZED=quantized,
         num_warps=1,
         **_dependent_launch(query.device),
@@ -656,10 +674,10 @@ def _scales(parameters: AttentionParameters, placeholder: Tensor) -> tuple[Tenso
 
 def _tunings(shape: LayerShape, itemsize: int, rows: int, device: torch.device) -> tuple[Tuning, Tuning]:
     key_bytes, units = shape.padded_head_size * itemsize, rows * shape.num_kv_heads
-    shared_memory = _shared_memory(device)
+    limits = _shared_memory(device), _multiprocessors(device)
     return (
-        choose_tuning(key_bytes, units, shared_memory, sparse=False),
-        choose_tuning(key_bytes, units, shared_memory, sparse=True),
+        choose_tuning(key_bytes, units, *limits, sparse=False),
+        choose_tuning(key_bytes, units, *limits, sparse=True),
     )
 
 

@@ -25,6 +25,9 @@ class Tuning:
     programs: int
     #: how often a multiprocessor is given that many, at most
     waves: int = 1
+    #: for sparse layers whose rows fill the GPU without being cut: programs store outputs, and combine the
+    #: pieces of what is cut nevertheless
+    whole: bool = False
 
     def programs_per_head(self, rows: int, num_kv_heads: int, multiprocessors: int) -> int:
         """Programs per KV head that the schedule aims at.
@@ -54,6 +57,8 @@ class Rule:
     key_bytes: int
     #: rows times KV heads
     units: float = math.inf
+    #: the same, per multiprocessor: more than the first number, up to the second
+    load: tuple[float, float] = (0.0, math.inf)
 
 
 #: The least tile of any setting, in tokens.
@@ -68,8 +73,15 @@ _SELECTION = (
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3, waves=4), key_bytes=256),
     *_LONG_KEYS,
 )
+# Whole rows take more tiles in flight to a program, as there is one program, or two, to a multiprocessor.
+_WHOLE_ROWS = (
+    Rule(Tuning(tile=128, num_warps=4, num_stages=3, programs=1, whole=True), key_bytes=256, load=(0.8, 1.0)),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=4, programs=2, whole=True), key_bytes=256, load=(1.2, 2.0)),
+)
 _SPARSE = (
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=32),
+    *_WHOLE_ROWS,
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=8),
+    Rule(Tuning(tile=32, num_warps=2, num_stages=2, programs=6), key_bytes=256, units=32),
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=4), key_bytes=256),
     *_LONG_KEYS,
 )
@@ -78,22 +90,31 @@ _SPARSE = (
 _SHARED_MARGIN = 12 << 10
 
 
-def choose_tuning(key_bytes: int, units: int, shared_memory: int, *, sparse: bool) -> Tuning:
+def choose_tuning(
+    key_bytes: int, units: int, shared_memory: int, multiprocessors: int, *, sparse: bool
+) -> Tuning:
     """The settings for keys of `key_bytes`, padded and in the type in which the kernel computes.
 
     Args:
         key_bytes: at most 1024.
         units: rows times KV heads.
         shared_memory: bytes that a program may take. Where the measured settings need more, fewer or smaller
-            tiles are in flight.
+            tiles are in flight, and rows are cut.
+        multiprocessors: of the GPU.
         sparse: for sparse layers, else for selection layers.
 
     Raises:
         ValueError: longer keys, or too little shared memory for the smallest tiles.
     """
     for rule in _SPARSE if sparse else _SELECTION:
-        if key_bytes <= rule.key_bytes and units <= rule.units:
-            return _fit(rule.tuning, key_bytes, shared_memory)
+        over, most = rule.load
+        if not (key_bytes <= rule.key_bytes and units <= rule.units):
+            continue
+        if not over * multiprocessors < units <= most * multiprocessors:
+            continue
+        tuning = _fit(rule.tuning, key_bytes, shared_memory)
+        if not tuning.whole or (tuning == rule.tuning and key_bytes == rule.key_bytes):
+            return tuning
     raise ValueError(f"no kernel for keys of {key_bytes} bytes")
 
 
