@@ -149,7 +149,14 @@ class Batch:
                 place.fill_(float("nan"))
         return keys, values, slots
 
-    def run(self, *, sparse: bool, same_blocks: bool = True, append: bool = False) -> tuple[Tensor, Tensor]:
+    def run(
+        self,
+        *,
+        sparse: bool,
+        same_blocks: bool = True,
+        append: bool = False,
+        side: ops.SideStream | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """A layer's output, NaN where nothing was written, and its counters.
 
         With `append`, the rows' own keys and values are not in the cache before.
@@ -163,7 +170,7 @@ class Batch:
         if sparse:
             ops.sparse_attention(*arguments, same_blocks=same_blocks)
         else:
-            ops.selection_attention(*arguments)
+            ops.selection_attention(*arguments, side=side)
         return output, counters.cpu()
 
     def kept(self, row: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from vllm_delta.gpu import ops
 from vllm_delta.integration import cuda_state
+from vllm_delta.plan import Plan, Role
 
 GIB = 1 << 30
 ROWS = 1024
@@ -30,3 +31,21 @@ def test_logits_follow_the_memory_of_the_cache(monkeypatch, kv_cache_memory_byte
     layers = [SimpleNamespace(impl=impl)]
     tokens = cuda_state._logit_tokens(config, layers, ROWS, torch.device("cuda"))
     assert tokens * ops.LOGIT_BYTES * 32 == pytest.approx(cuda_state.LOGITS_SHARE * left, rel=1e-3)
+
+
+def test_layers_know_whether_a_sparse_one_follows():
+    roles = {
+        1: Role.FULL,
+        2: Role.SELECTION,
+        5: Role.SPARSE,
+        6: Role.SELECTION,
+        7: Role.SELECTION,
+        9: Role.SPARSE,
+    }
+    impls = {index: SimpleNamespace(precedes_sparse=False) for index in roles}
+    layers = SimpleNamespace(
+        eligible={index: SimpleNamespace(impl=impls[index]) for index in reversed(roles)},
+        plan=Plan(roles, "settings"),
+    )
+    cuda_state._tell_order(layers)
+    assert [index for index, impl in impls.items() if impl.precedes_sparse] == [2, 7]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -157,6 +158,35 @@ def test_whole_rows(multiprocessors: int, options: dict) -> None:
     assert 1 in pieces and max(pieces) > 1, "rows of one piece and of several"
 
 
+class MainStream(ops.SideStream):
+    """Stands in for a side stream where there is no GPU."""
+
+    def __init__(self) -> None:
+        self.forks = 0
+
+    @contextmanager
+    def fork(self):
+        self.forks += 1
+        yield
+
+
+@pytest.mark.parametrize("logit_tokens", [1 << 16, 600, 0])
+def test_a_side_stream_chooses_the_same_pages(logit_tokens: int) -> None:
+    side = MainStream() if DEVICE == "cpu" else ops.SideStream(torch.device(DEVICE))
+    batch = Batch(Case((300, 40, 300, 0, 300), logit_tokens=logit_tokens))
+    batch.make_schedule()
+    expected, _ = batch.run(sparse=False)
+    kept = [batch.kept(row) for row in range(5)]
+    batch.table.pages.fill_(1 << 30)
+    output, _ = batch.run(sparse=False, side=side)
+    if isinstance(side, MainStream):
+        assert side.forks == 1
+    else:
+        assert side.join() and not side.join()
+    assert torch.equal(output.nan_to_num(9), expected.nan_to_num(9))
+    assert all(torch.equal(batch.kept(row), pages) for row, pages in enumerate(kept))
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
     """As in vLLM's dummy runs, whose block table may name blocks that are in use."""
@@ -307,8 +337,10 @@ def test_random_batches(index: int) -> None:
 
 
 @pytest.mark.gpu
-def test_captured_graph_serves_other_batches() -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_captured_graph_serves_other_batches(beside: bool) -> None:
     """A graph captured for one batch, replayed over others of the same size, equals eager runs."""
+    side = ops.SideStream(torch.device(DEVICE)) if beside else None
     lengths = [(3000, 17, 4096, 900), (0, 4096, 1, 2100), (5000, 5000, 0, 0)]
     first = Batch(Case(tuple([5000] * 4), head_size=128, budget_tokens=512, logit_tokens=1 << 14))
     first.make_schedule()
@@ -319,9 +351,10 @@ def test_captured_graph_serves_other_batches() -> None:
     arguments = first.inputs, first.workspace, first.selection, counters
     sparse_output = output.clone()
     with torch.cuda.graph(graph):
-        ops.selection_attention(*arguments, output, first.table)
+        ops.selection_attention(*arguments, output, first.table, side=side)
         counters.add_(1)  # a launch between them, as there is in a model
-        ops.sparse_attention(*arguments, sparse_output, first.table, same_blocks=True)
+        joined = side is not None and side.join()
+        ops.sparse_attention(*arguments, sparse_output, first.table, same_blocks=True, just_scheduled=joined)
     for seed, other in enumerate(lengths):
         case = dataclasses.replace(first.case, lengths=other, seed=seed)
         batch = Batch(dataclasses.replace(case, lengths=(*other[:3], 5000)))  # the same sizes of buffers

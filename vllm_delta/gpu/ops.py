@@ -7,6 +7,8 @@ All buffers belong to a `Workspace`, are allocated once, and keep their addresse
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -192,6 +194,29 @@ class SelectionTable:
         return SelectionTable(self.pages[begin:end], self.frames[begin:end])
 
 
+class SideStream:
+    """Launches beside the main stream's, until these wait for them; a CUDA graph records them as a branch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pending = False
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Launch inside of it what needs all that was launched so far, and what `join` waits for."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._pending = True
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> bool:
+        """Let what is launched next wait for the side stream; returns whether there was something."""
+        was_pending, self._pending = self._pending, False
+        if was_pending:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return was_pending
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """What one layer's attention of one chunk of rows reads."""
@@ -370,6 +395,7 @@ def selection_attention(
     table: SelectionTable,
     *,
     just_scheduled: bool = False,
+    side: SideStream | None = None,
 ) -> None:
     """A selection layer: full attention, and the pages for the sparse layers after it.
 
@@ -380,7 +406,10 @@ def selection_attention(
         counters: int64 ``[5]``: rows, attended tokens, context tokens, dense rows, rows within the budget.
         output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
         table: of at least as many rows; is written.
-        just_scheduled: whether `make_schedule` may have been the launch before this one.
+        just_scheduled: whether `make_schedule` may have been the launch before this one, or a side stream
+            was joined.
+        side: where pages are chosen, if given, while the model goes on: to be joined before the next layer
+            that these functions run.
     """
     _attention(
         inputs,
@@ -393,11 +422,17 @@ def selection_attention(
         frames=False,
         dependent=not just_scheduled,
     )
-    page_scores(inputs, workspace, selection)
     block_size = inputs.kv_cache.shape[2]
-    select_pages(
-        workspace.scores, workspace.listed, inputs.rows, inputs.block_table, block_size, selection, table
-    )
+    arguments = workspace.scores, workspace.listed, inputs.rows, inputs.block_table, block_size, selection
+    if side is None:
+        page_scores(inputs, workspace, selection)
+        select_pages(*arguments, table)
+        return
+    # Scores from the keys read the query, whose memory the model may use again at once.
+    _score_keys(inputs, workspace, selection)
+    with side.fork():
+        _score_logits(inputs, workspace, selection, dependent=False)
+        select_pages(*arguments, table)
 
 
 def sparse_attention(
@@ -480,8 +515,14 @@ def select_pages(
 
 def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection) -> None:
     """Page scores of the rows that exceed the budget, into `workspace.scores`; after their attention."""
-    rows, parameters, shape = inputs.rows, inputs.parameters, inputs.shape
-    query, kv_cache = inputs.query, inputs.kv_cache
+    _score_logits(inputs, workspace, selection)
+    _score_keys(inputs, workspace, selection)
+
+
+def _score_logits(
+    inputs: LayerInputs, workspace: Workspace, selection: Selection, *, dependent: bool = True
+) -> None:
+    rows, parameters, shape, query = inputs.rows, inputs.parameters, inputs.shape, inputs.query
     if len(rows) == 0:
         return
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
@@ -504,10 +545,20 @@ def page_scores(inputs: LayerInputs, workspace: Workspace, selection: Selection)
         LOGIT_TILE=LOGIT_TILE,
         DISCARD=query.device.type == "cuda",
         num_warps=1,
-        **_dependent_launch(query.device),
+        **_dependent_launch(query.device, dependent),
     )
+
+
+def _score_keys(inputs: LayerInputs, workspace: Workspace, selection: Selection) -> None:
+    rows, parameters, shape = inputs.rows, inputs.parameters, inputs.shape
+    query, kv_cache = inputs.query, inputs.kv_cache
+    if len(rows) == 0:
+        return
     if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):
         return  # there is room for the logits of any rows
+    tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
+    num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
+    shares = max(1, SCORE_PROGRAMS * _multiprocessors(query.device) // num_pieces)
     q_scale, k_scale, _, quantized = _scales(parameters, query)
     score_keys_kernel[(num_pieces, shares)](
         query,

@@ -316,6 +316,8 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
     role: Role | None = None
     #: whether it is the first of its KV cache group that is eligible
     schedules: bool = False
+    #: whether the next eligible layer is sparse
+    precedes_sparse: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -409,6 +411,10 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             )
             return
         counters = state.counters.of(self.role)
+        joined = state.side is not None and state.side.join()
+        # Only where the next layer joins it; several chunks share one workspace.
+        side = state.side if self.precedes_sparse and len(attn_metadata.chunks) == 1 else None
+        just_scheduled = self.schedules or joined
         begin = 0
         for rows, schedule in attn_metadata.chunks:
             inputs = ops.LayerInputs(
@@ -417,10 +423,10 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             table = state.table.slice(begin, begin + len(rows))
             arguments = inputs, state.workspace, state.selection, counters, output, table
             if self.role is Role.SELECTION:
-                ops.selection_attention(*arguments, just_scheduled=self.schedules)
+                ops.selection_attention(*arguments, just_scheduled=just_scheduled, side=side)
             else:
                 same_blocks = state.table_group is attn_metadata.group
-                ops.sparse_attention(*arguments, same_blocks=same_blocks, just_scheduled=self.schedules)
+                ops.sparse_attention(*arguments, same_blocks=same_blocks, just_scheduled=just_scheduled)
             begin += len(rows)
         if self.role is Role.SELECTION:
             state.table_group = attn_metadata.group

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from vllm_delta.config import DeltaConfig
 from vllm_delta.counters import Counters
 from vllm_delta.gpu import ops
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
-from vllm_delta.plan import Plan
+from vllm_delta.plan import Plan, Role
 from vllm_delta.policies.rows import Layer, RowIndex
 from vllm_delta.policies.run import Chosen
 from vllm_delta.recall import RecallSampler
@@ -46,6 +47,8 @@ class CudaState:
     dense: Tensor
     #: by layer shape, one for each chunk of a step
     schedules: dict[ops.LayerShape, list[ops.Schedule]]
+    #: where selection layers choose pages, while the model goes on; None without a GPU
+    side: ops.SideStream | None = None
     #: tokens of each prompt of a batch, int ``[requests]``, or None if unknown; set by DELTA's worker
     prompt_lens: Callable[[CommonAttentionMetadata], Tensor | None] | None = None
     #: whose layers' block table the selection table's page frames are of
@@ -103,7 +106,14 @@ def set_up(vllm_config: VllmConfig, device: torch.device) -> CudaState:
     with torch.inference_mode(False):  # else steps could not write into what a profiling run allocates
         state = _allocate(vllm_config, config, layers, device)
     layers.share(state)
+    _tell_order(layers)
     return state
+
+
+def _tell_order(layers: LocalLayers) -> None:
+    """Tell each layer whether the next one will wait for the pages that it chooses."""
+    for index, following in pairwise(sorted(layers.eligible)):
+        layers.eligible[index].impl.precedes_sparse = layers.plan.roles.get(following) is Role.SPARSE
 
 
 def _allocate(
@@ -137,6 +147,7 @@ def _allocate(
         requests=torch.arange(single_token_rows, dtype=torch.int32, device=device),
         dense=torch.zeros(single_token_rows, dtype=torch.int32, device=device),
         schedules={shape: [] for shape in shapes},
+        side=ops.SideStream(device) if device.type == "cuda" else None,
     )
     for shape in shapes:
         state.schedule(shape, math.ceil(single_token_rows / max_rows) - 1)
