@@ -13,6 +13,7 @@ from gpu_cases import DEVICE, Batch, Case, eager_error, expect, expect_sparse
 
 from vllm_delta import reference
 from vllm_delta.gpu import ops
+from vllm_delta.gpu.l2 import set_aside_l2
 from vllm_delta.gpu.tuning import MIN_TILE, Tuning, choose_tuning
 from vllm_delta.integration import validation
 
@@ -185,6 +186,15 @@ def test_a_side_stream_chooses_the_same_pages(logit_tokens: int) -> None:
         assert side.join() and not side.join()
     assert torch.equal(output.nan_to_num(9), expected.nan_to_num(9))
     assert all(torch.equal(batch.kept(row), pages) for row, pages in enumerate(kept))
+
+
+@pytest.mark.gpu
+def test_half_of_the_l2_cache_is_set_aside() -> None:
+    device = torch.device(DEVICE)
+    half = torch.cuda.get_device_properties(device).L2_cache_size // 2
+    is_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    assert set_aside_l2(device) == (pytest.approx(half, rel=0.1) if is_hopper else 0)
+    assert set_aside_l2(device, 0.0) == 0
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -14,17 +14,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_delta.config import DeltaConfig
 from vllm_delta.counters import Counters
 from vllm_delta.gpu import ops
+from vllm_delta.gpu.l2 import set_aside_l2
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.plan import Plan, Role
 from vllm_delta.policies.rows import Layer, RowIndex
 from vllm_delta.policies.run import Chosen
 from vllm_delta.recall import RecallSampler
+
+logger = init_logger(f"vllm.{__name__}")
 
 #: The logits of selection layers take at most this share of the memory that is left for the KV cache.
 LOGITS_SHARE = 0.008
@@ -106,6 +110,8 @@ def set_up(vllm_config: VllmConfig, device: torch.device) -> CudaState:
     with torch.inference_mode(False):  # else steps could not write into what a profiling run allocates
         state = _allocate(vllm_config, config, layers, device)
     layers.share(state)
+    if device.type == "cuda":
+        logger.info("DELTA: %d bytes of the L2 cache set aside for logits", set_aside_l2(device))
     _tell_order(layers)
     return state
 

@@ -1,0 +1,45 @@
+"""A part of the GPU's second-level cache for data that are written now and read once soon after.
+
+Stores may ask that their lines be evicted last. The device heeds that only in the part of its cache that is
+set aside for such lines, which is none unless a program asks for it (CUDA C++ Programming Guide, "L2 cache
+set-aside for persisting accesses").
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+# Of CUDA's driver API, cuda.h.
+_LIMIT_PERSISTING_L2_CACHE_SIZE = 6
+_ATTRIBUTE_MAX_PERSISTING_L2_CACHE_SIZE = 108
+
+
+def set_aside_l2(device: torch.device, share: float = 0.5) -> int:
+    """Set aside a share of the cache for as long as the process lives, or until the next call.
+
+    On an H200, half of it makes FlashAttention's passes over long contexts up to 1% slower and a model's
+    matrix products no slower; with three quarters, everything loses a tenth.
+
+    Args:
+        device: a CUDA device.
+        share: of the cache, 0 to 1; the device may allow less.
+
+    Returns:
+        Bytes that are set aside, as the driver rounds them; 0 before Hopper, where it has not been measured,
+        and where the driver refuses.
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return 0
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    index, most, granted = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuCtxGetDevice(ctypes.byref(index))
+        driver.cuDeviceGetAttribute(ctypes.byref(most), _ATTRIBUTE_MAX_PERSISTING_L2_CACHE_SIZE, index)
+        wanted = min(int(share * cache_bytes), most.value)
+        driver.cuCtxSetLimit(_LIMIT_PERSISTING_L2_CACHE_SIZE, ctypes.c_size_t(wanted))
+        driver.cuCtxGetLimit(ctypes.byref(granted), _LIMIT_PERSISTING_L2_CACHE_SIZE)
+    return granted.value
