@@ -94,7 +94,7 @@ class Batch:
         self.selection = ops.Selection(
             case.page_size, case.budget_tokens, case.recent_tokens, case.sink_tokens
         )
-        self.shape = ops.LayerShape(case.num_heads, case.num_kv_heads, case.head_size)
+        self.shape = ops.LayerShape(case.num_heads, case.num_kv_heads, case.head_size, case.fp8)
         self.workspace = ops.Workspace.allocate(
             {self.shape},
             max_rows=rows,

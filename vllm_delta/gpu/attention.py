@@ -174,7 +174,6 @@ def attention_kernel(
     row_pieces_ptr,
     counters_ptr,
     sinks_ptr,
-    v_scale_ptr,
     output_ptr,
     key_ptr,  # [tokens, KV_HEADS, D], not in the cache yet; read where APPEND, as is the value
     value_ptr,
@@ -219,11 +218,12 @@ def attention_kernel(
     """One piece of one row, for the query heads of one KV head.
 
     With WHOLE, a piece that is a whole row is stored as the output; of several, the last program to arrive
-    combines them. Then nothing else has to be launched.
+    combines them. Then nothing else has to be launched. Not for a quantised cache.
 
     With PDL, what is read of pieces and tables is read while the launch ahead of this one ends, so that must
     not be the one that writes them.
     """
+    tl.static_assert(not (WHOLE and QUANTIZED))
     piece = tl.program_id(0)
     kv_head = tl.program_id(1)
     record_ptr = pieces_ptr + piece * 8
@@ -354,8 +354,6 @@ def attention_kernel(
             if SINKS:
                 sink = tl.load(sinks_ptr + head, mask=has_head, other=0.0).to(tl.float32)
                 result /= 1.0 + tl.exp2(sink * 1.4426950408889634 - lse)[:, None]
-            if QUANTIZED:
-                result *= tl.load(v_scale_ptr)
             output_ptrs = output_ptr + token_of_row * output_stride_token + head * output_stride_head
             tl.store(output_ptrs[:, None] + dim[None, :], result, mask=mask)
             if kv_head == 0:

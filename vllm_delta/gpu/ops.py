@@ -102,6 +102,8 @@ class LayerShape:
     num_heads: int
     num_kv_heads: int
     head_size: int
+    #: whether the cache holds numbers of 8 bits
+    quantized: bool = False
 
     @property
     def padded_head_size(self) -> int:
@@ -241,7 +243,8 @@ class LayerInputs:
     @property
     def shape(self) -> LayerShape:
         """The layer's shape."""
-        return LayerShape(self.query.shape[1], self.kv_cache.shape[1], self.query.shape[2])
+        quantized = self.parameters.scales is not None
+        return LayerShape(self.query.shape[1], self.kv_cache.shape[1], self.query.shape[2], quantized)
 
 
 @dataclass(frozen=True)
@@ -632,7 +635,6 @@ def _attention(
         schedule.row_pieces[int(sparse)],
         counters,
         sinks,
-        v_scale,
         output,
         key,
         value,
@@ -728,7 +730,7 @@ def _tunings(shape: LayerShape, itemsize: int, rows: int, device: torch.device) 
     limits = _shared_memory(device), _multiprocessors(device)
     return (
         choose_tuning(key_bytes, units, *limits, sparse=False),
-        choose_tuning(key_bytes, units, *limits, sparse=True),
+        choose_tuning(key_bytes, units, *limits, sparse=True, quantized=shape.quantized),
     )
 
 

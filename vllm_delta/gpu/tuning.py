@@ -91,7 +91,13 @@ _SHARED_MARGIN = 12 << 10
 
 
 def choose_tuning(
-    key_bytes: int, units: int, shared_memory: int, multiprocessors: int, *, sparse: bool
+    key_bytes: int,
+    units: int,
+    shared_memory: int,
+    multiprocessors: int,
+    *,
+    sparse: bool,
+    quantized: bool = False,
 ) -> Tuning:
     """The settings for keys of `key_bytes`, padded and in the type in which the kernel computes.
 
@@ -102,6 +108,8 @@ def choose_tuning(
             tiles are in flight, and rows are cut.
         multiprocessors: of the GPU.
         sparse: for sparse layers, else for selection layers.
+        quantized: whether the cache is, so that keys are converted: programs compute more, and rows are cut
+            whatever their number is.
 
     Raises:
         ValueError: longer keys, or too little shared memory for the smallest tiles.
@@ -113,8 +121,9 @@ def choose_tuning(
         if not over * multiprocessors < units <= most * multiprocessors:
             continue
         tuning = _fit(rule.tuning, key_bytes, shared_memory)
-        if not tuning.whole or (tuning == rule.tuning and key_bytes == rule.key_bytes):
-            return tuning
+        if tuning.whole and (quantized or tuning != rule.tuning or key_bytes != rule.key_bytes):
+            continue
+        return tuning
     raise ValueError(f"no kernel for keys of {key_bytes} bytes")
 
 

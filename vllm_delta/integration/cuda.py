@@ -37,7 +37,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_delta.config import DeltaConfig
 from vllm_delta.gpu import ops
-from vllm_delta.integration.cuda_state import CudaState, set_up
+from vllm_delta.integration.cuda_state import CudaState, layer_shape, set_up
 from vllm_delta.integration.validation import check_block_size, check_cuda_layer
 from vllm_delta.plan import Role
 from vllm_delta.policies import make_policy
@@ -175,8 +175,8 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         self._eligible = [impl for impl in impls if impl.role is not None]
         self._sliding = sum(impl.role is None and impl.sliding_window != (-1, -1) for impl in impls)
         self._not_eligible = len(impls) - len(self._eligible) - self._sliding
-        self._shape = ops.LayerShape(self.num_heads_q, self.num_heads_kv, self.headdim)
         if self._eligible:
+            self._shape = layer_shape(self._eligible[0])
             check_block_size(self.delta.config, self.block_size)
             self._eligible[0].schedules = True
             self.delta.step_layer = self.delta.step_layer or layer_names[0]

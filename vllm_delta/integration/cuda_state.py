@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_delta.config import DeltaConfig
 from vllm_delta.counters import Counters
@@ -126,7 +128,7 @@ def _allocate(
     vllm_config: VllmConfig, config: DeltaConfig, layers: LocalLayers, device: torch.device
 ) -> CudaState:
     eligible = list(layers.eligible.values())
-    shapes = {_shape(layer) for layer in eligible}
+    shapes = {layer_shape(layer.impl) for layer in eligible}
     scheduler = vllm_config.scheduler_config
     max_length = vllm_config.model_config.max_model_len
     graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -160,8 +162,10 @@ def _allocate(
     return state
 
 
-def _shape(layer: Attention) -> ops.LayerShape:
-    return ops.LayerShape(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size)
+def layer_shape(impl: Any) -> ops.LayerShape:
+    """The shape of the layer whose attention `impl` is."""
+    quantized = is_quantized_kv_cache(impl.kv_cache_dtype)
+    return ops.LayerShape(impl.num_heads, impl.num_kv_heads, impl.head_size, quantized)
 
 
 def _logit_tokens(
@@ -179,10 +183,10 @@ def _logit_tokens(
     if left is None:
         free, total = torch.cuda.mem_get_info(device)
         left = max(0, free - int((1 - vllm_config.cache_config.gpu_memory_utilization) * total))
-    itemsize = (
-        1 if layers[0].impl.kv_cache_dtype.startswith("fp8") else vllm_config.model_config.dtype.itemsize
+    shapes = [layer_shape(layer.impl) for layer in layers]
+    itemsize = vllm_config.model_config.dtype.itemsize
+    token_bytes = sum(
+        2 * shape.num_kv_heads * shape.head_size * (1 if shape.quantized else itemsize) for shape in shapes
     )
-    shapes = [_shape(layer) for layer in layers]
-    token_bytes = sum(2 * shape.num_kv_heads * shape.head_size * itemsize for shape in shapes)
     logit_bytes = ops.LOGIT_BYTES * max(shape.padded_heads for shape in shapes)
     return min(most, left // token_bytes, int(left * LOGITS_SHARE / logit_bytes))
