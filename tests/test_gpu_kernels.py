@@ -135,6 +135,9 @@ def test_rows_are_whole_where_they_fill_the_gpu() -> None:
     assert whole(256, 232448) == [*range(106, 133), *range(159, 265)]
     assert not whole(256, 232448, sparse=False)
     assert not choose_tuning(256, 128, 232448, 132, sparse=True, quantized=True).whole
+    for units, tile in ((4, 64), (16, 32), (40, 64)):
+        assert choose_tuning(256, units, 232448, 132, sparse=True).tile == tile
+        assert choose_tuning(256, units, 232448, 132, sparse=True, quantized=True).tile == 64
     for other in ((128, 232448), (512, 232448), (256, 101376)):
         assert not whole(*other), "not measured, or too little shared memory"
 

@@ -59,6 +59,8 @@ class Rule:
     units: float = math.inf
     #: the same, per multiprocessor: more than the first number, up to the second
     load: tuple[float, float] = (0.0, math.inf)
+    #: whether they hold for a quantised cache, too, whose programs compute more
+    quantized: bool = True
 
 
 #: The least tile of any setting, in tokens.
@@ -75,13 +77,24 @@ _SELECTION = (
 )
 # Whole rows take more tiles in flight to a program, as there is one program, or two, to a multiprocessor.
 _WHOLE_ROWS = (
-    Rule(Tuning(tile=128, num_warps=4, num_stages=3, programs=1, whole=True), key_bytes=256, load=(0.8, 1.0)),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=4, programs=2, whole=True), key_bytes=256, load=(1.2, 2.0)),
+    Rule(
+        Tuning(tile=128, num_warps=4, num_stages=3, programs=1, whole=True),
+        key_bytes=256,
+        load=(0.8, 1.0),
+        quantized=False,
+    ),
+    Rule(
+        Tuning(tile=64, num_warps=4, num_stages=4, programs=2, whole=True),
+        key_bytes=256,
+        load=(1.2, 2.0),
+        quantized=False,
+    ),
 )
 _SPARSE = (
     *_WHOLE_ROWS,
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=8),
-    Rule(Tuning(tile=32, num_warps=2, num_stages=2, programs=6), key_bytes=256, units=32),
+    Rule(Tuning(tile=32, num_warps=2, num_stages=2, programs=6), key_bytes=256, units=32, quantized=False),
+    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, units=32),
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=4), key_bytes=256),
     *_LONG_KEYS,
 )
@@ -108,20 +121,19 @@ def choose_tuning(
             tiles are in flight, and rows are cut.
         multiprocessors: of the GPU.
         sparse: for sparse layers, else for selection layers.
-        quantized: whether the cache is, so that keys are converted: programs compute more, and rows are cut
-            whatever their number is.
+        quantized: whether the cache is, so that keys are converted.
 
     Raises:
         ValueError: longer keys, or too little shared memory for the smallest tiles.
     """
     for rule in _SPARSE if sparse else _SELECTION:
         over, most = rule.load
-        if not (key_bytes <= rule.key_bytes and units <= rule.units):
+        if not (key_bytes <= rule.key_bytes and units <= rule.units) or (quantized and not rule.quantized):
             continue
         if not over * multiprocessors < units <= most * multiprocessors:
             continue
         tuning = _fit(rule.tuning, key_bytes, shared_memory)
-        if tuning.whole and (quantized or tuning != rule.tuning or key_bytes != rule.key_bytes):
+        if tuning.whole and (tuning != rule.tuning or key_bytes != rule.key_bytes):
             continue
         return tuning
     raise ValueError(f"no kernel for keys of {key_bytes} bytes")
