@@ -34,8 +34,7 @@ from torch import Tensor
 from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
 from vllm_delta.config import DeltaConfig
-from vllm_delta.gpu import ops, tuning
-from vllm_delta.gpu.l2 import set_aside_l2
+from vllm_delta.gpu import l2, ops, tuning
 from vllm_delta.gpu.tuning import Tuning
 
 #: query heads, KV heads, head size
@@ -277,8 +276,8 @@ def measure(case: Case, shape: ops.LayerShape, rounds: int) -> dict[str, tuple[f
     delta = {name: graph for name, graph in graphs.items() if name not in dense}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
-        for some, share in ((dense, 0.0), (delta, 0.5)):
-            set_aside_l2(torch.device("cuda"), share)
+        for some, share in ((dense, 0.0), (delta, l2.SHARE)):
+            l2.set_aside_l2(torch.device("cuda"), share)
             for name, time in time_graphs(some, 1).items():
                 samples[name].append(time)
     times = {name: median(values) for name, values in samples.items()}
@@ -292,7 +291,7 @@ def tune(shape: ops.LayerShape) -> None:
     """Try settings of the attention kernel; print the best of each case."""
     grid = itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 6), (1, 2, 3, 4, 6))
     candidates = [Tuning(*values) for values in grid if values[0] * values[2] <= 512]
-    set_aside_l2(torch.device("cuda"))
+    l2.set_aside_l2(torch.device("cuda"))
     all_layers = [Layers.make(case, shape) for case in map(Case.parse, CASES.split(","))]
     for sparse in (True, False):
         for layers in all_layers:

@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def encode_distance(distance_and_one):
@@ -109,10 +111,9 @@ def load_queries(query_row_ptr, head, has_head, dim, has_dim, query_stride_head)
 def scaled_logits(raw, scale, softcap, SOFTCAP: tl.constexpr):
     """Dot products to logits in base 2; tanh(y) is 1 - 2 / (e^2y + 1)."""
     x = raw * scale
-    log2_e = 1.4426950408889634
     if SOFTCAP:
-        x = softcap * (1.0 - 2.0 / (tl.exp2(2.0 * log2_e * x / softcap) + 1.0))
-    return x * log2_e
+        x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E) / softcap) + 1.0))
+    return x * LOG2_E
 
 
 @triton.jit
@@ -353,7 +354,7 @@ def attention_kernel(
         if arrived == count - 1:
             if SINKS:
                 sink = tl.load(sinks_ptr + head, mask=has_head, other=0.0).to(tl.float32)
-                result /= 1.0 + tl.exp2(sink * 1.4426950408889634 - lse)[:, None]
+                result /= 1.0 + tl.exp2(sink * LOG2_E - lse)[:, None]
             output_ptrs = output_ptr + token_of_row * output_stride_token + head * output_stride_head
             tl.store(output_ptrs[:, None] + dim[None, :], result, mask=mask)
             if kv_head == 0:
@@ -402,7 +403,7 @@ def combine_kernel(
     maximum = -float("inf")
     total = 0.0
     if SINKS:
-        maximum = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        maximum = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         total = 1.0
     accumulated = tl.zeros([D_PAD], tl.float32)
     for start in range(0, count, PIECES):

@@ -529,9 +529,7 @@ def _score_logits(
     if len(rows) == 0:
         return
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
-    num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
-    shares = max(1, SCORE_PROGRAMS * _multiprocessors(query.device) // num_pieces)
-    score_logits_kernel[(num_pieces, shares)](
+    score_logits_kernel[_score_grid(inputs, tuning)](
         workspace.logits,
         workspace.logit_maxima,
         workspace.lse,
@@ -560,10 +558,8 @@ def _score_keys(inputs: LayerInputs, workspace: Workspace, selection: Selection)
     if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):
         return  # there is room for the logits of any rows
     tuning, _ = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)
-    num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
-    shares = max(1, SCORE_PROGRAMS * _multiprocessors(query.device) // num_pieces)
     q_scale, k_scale, _, quantized = _scales(parameters, query)
-    score_keys_kernel[(num_pieces, shares)](
+    score_keys_kernel[_score_grid(inputs, tuning)](
         query,
         kv_cache,
         inputs.block_table,
@@ -616,11 +612,10 @@ def _attention(
     if len(rows) == 0:
         return
     tuning = _tunings(shape, parameters.dtype.itemsize, len(rows), query.device)[sparse]
-    num_pieces = len(rows) + _programs(len(rows), shape.num_kv_heads, tuning, query.device)
     q_scale, k_scale, v_scale, quantized = _scales(parameters, query)
     key, value, slots = inputs.appended or (query, query, query)
     sinks = workspace.lse if parameters.sinks is None else parameters.sinks
-    attention_kernel[(num_pieces, shape.num_kv_heads)](
+    attention_kernel[(_num_pieces(inputs, tuning), shape.num_kv_heads)](
         query,
         kv_cache,
         inputs.block_table,
@@ -741,6 +736,18 @@ def _tensor_bytes(owner: object) -> int:
 def _programs(rows: int, num_kv_heads: int, tuning: Tuning, device: torch.device) -> int:
     """Programs per KV head that the schedule aims at."""
     return tuning.programs_per_head(rows, num_kv_heads, _multiprocessors(device))
+
+
+def _num_pieces(inputs: LayerInputs, tuning: Tuning) -> int:
+    """The most pieces that the rows may be cut into."""
+    rows = len(inputs.rows)
+    return rows + _programs(rows, inputs.shape.num_kv_heads, tuning, inputs.query.device)
+
+
+def _score_grid(inputs: LayerInputs, tuning: Tuning) -> tuple[int, int]:
+    """Pieces, and the programs that share one of them."""
+    num_pieces = _num_pieces(inputs, tuning)
+    return num_pieces, max(1, SCORE_PROGRAMS * _multiprocessors(inputs.query.device) // num_pieces)
 
 
 def _most_programs(num_kv_heads: int, device: torch.device | str) -> int:

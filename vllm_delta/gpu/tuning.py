@@ -62,6 +62,16 @@ class Rule:
     #: whether they hold for a quantised cache, too, whose programs compute more
     quantized: bool = True
 
+    def holds(self, key_bytes: int, units: int, multiprocessors: int, quantized: bool) -> bool:
+        """Whether it holds for these keys, rows times KV heads, GPU and cache."""
+        over, most = self.load
+        return (
+            key_bytes <= self.key_bytes
+            and units <= self.units
+            and over * multiprocessors < units <= most * multiprocessors
+            and (self.quantized or not quantized)
+        )
+
 
 #: The least tile of any setting, in tokens.
 MIN_TILE = 32
@@ -127,15 +137,12 @@ def choose_tuning(
         ValueError: longer keys, or too little shared memory for the smallest tiles.
     """
     for rule in _SPARSE if sparse else _SELECTION:
-        over, most = rule.load
-        if not (key_bytes <= rule.key_bytes and units <= rule.units) or (quantized and not rule.quantized):
-            continue
-        if not over * multiprocessors < units <= most * multiprocessors:
+        if not rule.holds(key_bytes, units, multiprocessors, quantized):
             continue
         tuning = _fit(rule.tuning, key_bytes, shared_memory)
-        if tuning.whole and (tuning != rule.tuning or key_bytes != rule.key_bytes):
-            continue
-        return tuning
+        # Whole rows are for the very tiles and keys that were measured.
+        if not tuning.whole or (tuning == rule.tuning and key_bytes == rule.key_bytes):
+            return tuning
     raise ValueError(f"no kernel for keys of {key_bytes} bytes")
 
 
