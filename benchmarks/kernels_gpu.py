@@ -11,6 +11,7 @@ what a copy within the device's memory moves (bytes read plus bytes written).
 
 - fa3: what vLLM's FLASH_ATTN runs in every layer, with its scheduling done ahead, as in vLLM
 - fa3_compact: FlashAttention 3 over a block table of the kept pages alone
+- full: a full layer of few rows, which DELTA's kernel runs
 - selection_attention, scores, select: the parts of a selection layer; selection: all of them
 - sparse: a sparse layer
 """
@@ -128,25 +129,20 @@ class Layers:
             self.queries[copy], self.caches[copy], self.block_table, self.rows, self.schedule, self.parameters
         )
 
+    def _arguments(self, copy: int) -> tuple[ops.LayerInputs, ops.Workspace, ops.Selection, Tensor, Tensor]:
+        return self._inputs(copy), self.workspace, self.selection, self.counters, self.output
+
+    def run_full(self, copy: int) -> None:
+        """A full layer."""
+        ops.full_attention(*self._arguments(copy))
+
     def run_selection(self, copy: int) -> None:
         """A selection layer."""
-        ops.selection_attention(
-            self._inputs(copy), self.workspace, self.selection, self.counters, self.output, self.table
-        )
+        ops.selection_attention(*self._arguments(copy), self.table)
 
     def run_selection_attention(self, copy: int) -> None:
         """Its attention."""
-        ops._attention(
-            self._inputs(copy),
-            self.workspace,
-            self.selection,
-            self.counters,
-            self.output,
-            self.table,
-            sparse=False,
-            frames=False,
-            dependent=True,
-        )
+        ops._attention(*self._arguments(copy), logits=True, dependent=True)
 
     def run_scores(self, copy: int) -> None:
         """Its page scores."""
@@ -161,15 +157,7 @@ class Layers:
 
     def run_sparse(self, copy: int) -> None:
         """A sparse layer."""
-        ops.sparse_attention(
-            self._inputs(copy),
-            self.workspace,
-            self.selection,
-            self.counters,
-            self.output,
-            self.table,
-            same_blocks=True,
-        )
+        ops.sparse_attention(*self._arguments(copy), self.table, same_blocks=True)
 
     def fa3(self, *, compact: bool) -> Callable[[int], None]:
         """FlashAttention 3 as vLLM calls it in a CUDA graph."""
@@ -264,6 +252,7 @@ def measure(case: Case, shape: ops.LayerShape, rounds: int) -> dict[str, tuple[f
     runs = {
         "fa3": layers.fa3(compact=False),
         "fa3_compact": layers.fa3(compact=True),
+        "full": layers.run_full,
         # Scores drop the logits that they have read: the select kernel comes behind whole layers' scores.
         "selection": layers.run_selection,
         "select": layers.run_select,

@@ -152,25 +152,29 @@ class Batch:
     def run(
         self,
         *,
-        sparse: bool,
+        sparse: bool = False,
+        full: bool = False,
         same_blocks: bool = True,
         append: bool = False,
         side: ops.SideStream | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A layer's output, NaN where nothing was written, and its counters.
+        """The output of a full, a sparse or else a selection layer, and its counters.
 
-        With `append`, the rows' own keys and values are not in the cache before.
+        The output is NaN where nothing was written. With `append`, the rows' own keys and values are not in
+        the cache before.
         """
         output = torch.full(self.query.shape, float("nan"), dtype=self.case.dtype, device=DEVICE)
         counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
         inputs = self.inputs
         if append:
             inputs = dataclasses.replace(inputs, appended=self.take_last_tokens())
-        arguments = inputs, self.workspace, self.selection, counters, output, self.table
-        if sparse:
-            ops.sparse_attention(*arguments, same_blocks=same_blocks)
+        arguments = inputs, self.workspace, self.selection, counters, output
+        if full:
+            ops.full_attention(*arguments)
+        elif sparse:
+            ops.sparse_attention(*arguments, self.table, same_blocks=same_blocks)
         else:
-            ops.selection_attention(*arguments, side=side)
+            ops.selection_attention(*arguments, self.table, side=side)
         return output, counters.cpu()
 
     def kept(self, row: int) -> Tensor:

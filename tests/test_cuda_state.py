@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_delta.gpu import ops
-from vllm_delta.integration import cuda_state
+from vllm_delta.integration import cuda, cuda_state
 from vllm_delta.plan import Plan, Role
 
 GIB = 1 << 30
@@ -49,3 +49,14 @@ def test_layers_know_whether_a_sparse_one_follows():
     )
     cuda_state._tell_order(layers)
     assert [index for index, impl in impls.items() if impl.precedes_sparse] == [2, 7]
+
+
+@pytest.mark.parametrize("runs_full_layers", [False, True])
+def test_which_layers_the_kernels_run(runs_full_layers):
+    metadata = object.__new__(cuda.DeltaCUDAMetadata)
+    metadata.runs_full_layers = runs_full_layers
+    for chunks in ([], [("rows", "schedule")]):
+        metadata.chunks = chunks
+        assert metadata.has_rows_of(Role.SELECTION) is metadata.has_rows_of(Role.SPARSE) is bool(chunks)
+        assert metadata.has_rows_of(Role.FULL) is (runs_full_layers and bool(chunks))
+        assert not metadata.has_rows_of(None)

@@ -16,7 +16,7 @@ from vllm_delta.calibration.search import split_passes
 
 pytestmark = pytest.mark.gpu
 
-#: No full layers: FlashAttention, which computes them, splits their work otherwise without CUDA graphs.
+#: No full layers: FlashAttention, which computes them here, splits their work otherwise without CUDA graphs.
 SMALL = {
     "budget_tokens": 256,
     "recent_tokens": 32,
@@ -53,6 +53,8 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, str]]] = {
     "dense": ("FLASH_ATTN", None, {}, {}),
     "large budget": ("DELTA", None, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "wide, dense": ("FLASH_ATTN", None, {}, {}),
+    "wide": ("DELTA", None, {}, {"VLLM_GPU_SYNC_CHECK": "error"}),
     "fp8 cache, dense": ("FLASH_ATTN", None, FP8, {}),
     "fp8 cache": ("DELTA", None, FP8, {}),
     "graphs": ("DELTA", SMALL, FINE, {"VLLM_GPU_SYNC_CHECK": "error"}),
@@ -94,24 +96,29 @@ def generate(model, backend, delta, options):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models, of which every second layer of one has a sliding window: several KV cache groups."""
+    """One model, one with a sliding window in every second layer, so with several KV cache groups, and one
+    with heads so wide that DELTA's kernels run the full layers of few rows."""
     folder = tmp_path_factory.mktemp("models")
 
     def build(name, **options):
-        return build_demo_model(
-            folder / name,
-            dtype="bfloat16",
-            num_layers=7,
-            hidden_size=256,
-            num_heads=8,
-            num_kv_heads=2,
-            head_dim=64,
-            max_position_embeddings=2048,
-            score_std=4.0,  # attention so sharp that pages about the last place hold little
+        options = {
+            "dtype": "bfloat16",
+            "num_layers": 7,
+            "hidden_size": 256,
+            "num_heads": 8,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 2048,
+            "score_std": 4.0,  # attention so sharp that pages about the last place hold little
             **options,
-        )
+        }
+        return build_demo_model(folder / name, **options)
 
-    return {"full": build("full"), "windows": build("windows", sliding_window=128)}
+    return {
+        "full": build("full"),
+        "windows": build("windows", sliding_window=128),
+        "wide": build("wide", head_dim=128),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def results(models):
     def run(name):
         backend, delta, options, environment = ENGINES[name]
         spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # this process has looked for GPUs
-        model = models["windows" if name.startswith("windows") else "full"]
+        model = models.get(name.partition(",")[0], models["full"])
         return in_fresh_process(generate, model, backend, delta, options, **spawn, **environment)
 
     with ThreadPoolExecutor(len(ENGINES)) as pool:
@@ -141,9 +148,10 @@ def assert_same_until_near_tie(answers, expected):
     assert agreed > len(expected) * STEPS / 4, "near-ties everywhere: the comparison shows nothing"
 
 
-def test_budget_of_the_context_equals_dense(results):
-    dense, again, _, _ = results["dense"]
-    first, second, counts, _ = results["large budget"]
+@pytest.mark.parametrize(("name", "baseline"), [("large budget", "dense"), ("wide", "wide, dense")])
+def test_budget_of_the_context_equals_dense(results, name, baseline):
+    dense, again, _, _ = results[baseline]
+    first, second, counts, _ = results[name]
     assert_same_until_near_tie(first, dense)
     assert_same_until_near_tie(second, again)
     assert counts["layers"]["sparse"]["rows"] > 0
@@ -255,7 +263,10 @@ def test_counters(results):
         assert layers["full"]["rows"] == 0
         assert layers["selection"]["rows"] == 2 * rows
         assert layers["sparse"]["rows"] - results[name][2]["dense_rows"]["prefill"] <= 5 * rows
-    assert results["large budget"][2]["layers"]["full"]["rows"] == 2 * rows
+    for name in ("large budget", "wide"):
+        full = results[name][2]["layers"]["full"]
+        assert full["rows"] == 2 * rows
+        assert full["attended_tokens"] == full["context_tokens"] > 0
 
 
 def generate_many(model, backend):

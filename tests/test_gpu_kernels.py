@@ -55,8 +55,12 @@ def check_batch(batch: Batch) -> None:
     case = batch.case
     batch.make_schedule()
     whole_cache = batch.kv_cache.clone()
-    full, full_counts = batch.run(sparse=False, append=not case.fp8)
+    logits = batch.workspace.logits.clone()
+    alone, alone_counts = batch.run(full=True, append=not case.fp8)
+    assert torch.equal(batch.workspace.logits, logits), "a full layer stored logits"
+    full, full_counts = batch.run(append=not case.fp8)
     assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
+    assert torch.equal(alone.nan_to_num(9), full.nan_to_num(9)) and torch.equal(alone_counts, full_counts)
     sparse, sparse_counts = batch.run(sparse=True)
     from_pages, _ = batch.run(sparse=True, same_blocks=False, append=not case.fp8)
     assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
@@ -142,6 +146,21 @@ def test_rows_are_whole_where_they_fill_the_gpu() -> None:
         assert not whole(*other), "not measured, or too little shared memory"
 
 
+def test_full_layers_of_few_rows_are_run() -> None:
+    def run(num_rows: int, shape: ops.LayerShape, itemsize: int = 2) -> bool:
+        return ops.runs_full_layers(shape, itemsize, num_rows, torch.device(DEVICE))
+
+    shape = ops.LayerShape(28, 4, 128)
+    hopper = mock.patch.object(ops, "_has_dependent_launch", lambda device: True)
+    with mock.patch.object(ops, "_multiprocessors", lambda device: 132), hopper:
+        assert [rows for rows in range(1, 100) if run(rows, shape)] == list(range(1, 17))
+        for other in (dataclasses.replace(shape, quantized=True), dataclasses.replace(shape, head_size=64)):
+            assert not run(1, other)
+        assert not run(1, shape, 4), "not measured"
+    with mock.patch.object(ops, "_has_dependent_launch", lambda device: False):
+        assert not run(1, shape), "before Hopper it has not been measured"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layers_equal_reference(name: str) -> None:
     check_batch(Batch(CASES[name]))
@@ -180,10 +199,10 @@ def test_a_side_stream_chooses_the_same_pages(logit_tokens: int) -> None:
     side = MainStream() if DEVICE == "cpu" else ops.SideStream(torch.device(DEVICE))
     batch = Batch(Case((300, 40, 300, 0, 300), logit_tokens=logit_tokens))
     batch.make_schedule()
-    expected, _ = batch.run(sparse=False)
+    expected, _ = batch.run()
     kept = [batch.kept(row) for row in range(5)]
     batch.table.pages.fill_(1 << 30)
-    output, _ = batch.run(sparse=False, side=side)
+    output, _ = batch.run(side=side)
     if isinstance(side, MainStream):
         assert side.forks == 1
     else:
@@ -206,7 +225,7 @@ def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
     """As in vLLM's dummy runs, whose block table may name blocks that are in use."""
     batch = Batch(Case((200, 40, 97)))
     batch.make_schedule()
-    batch.run(sparse=False)
+    batch.run()
     keys, values, slots = batch.take_last_tokens()
     slots[batch.rows.tokens[1]] = -1
     before = batch.kv_cache.clone()
@@ -358,15 +377,18 @@ def test_captured_graph_serves_other_batches(beside: bool) -> None:
     lengths = [(3000, 17, 4096, 900), (0, 4096, 1, 2100), (5000, 5000, 0, 0)]
     first = Batch(Case(tuple([5000] * 4), head_size=128, budget_tokens=512, logit_tokens=1 << 14))
     first.make_schedule()
-    first.run(sparse=False)
+    first.run()
     output = torch.full_like(first.query, float("nan"))
     counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
     arguments = first.inputs, first.workspace, first.selection, counters
     sparse_output = output.clone()
+    full_output = output.clone()
     with torch.cuda.graph(graph):
+        ops.full_attention(*arguments, full_output)
+        counters.add_(1)  # a launch between layers, as there is in a model
         ops.selection_attention(*arguments, output, first.table, side=side)
-        counters.add_(1)  # a launch between them, as there is in a model
+        counters.add_(1)
         joined = side is not None and side.join()
         ops.sparse_attention(*arguments, sparse_output, first.table, same_blocks=True, just_scheduled=joined)
     for seed, other in enumerate(lengths):
@@ -382,13 +404,14 @@ def test_captured_graph_serves_other_batches(beside: bool) -> None:
         batch.rows.lengths.copy_(new)
         first.make_schedule()
         batch.make_schedule()
-        output.fill_(float("nan"))
-        sparse_output.fill_(float("nan"))
+        for result in (full_output, output, sparse_output):
+            result.fill_(float("nan"))
         first.table.pages.fill_(1 << 30)
         first.table.frames.fill_(1 << 30)
         graph.replay()
-        full, _ = batch.run(sparse=False)
+        full, _ = batch.run()
         sparse, _ = batch.run(sparse=True)
-        assert torch.equal(output.nan_to_num(9), full.nan_to_num(9))
+        for result in (full_output, output):
+            assert torch.equal(result.nan_to_num(9), full.nan_to_num(9))
         assert torch.equal(sparse_output.nan_to_num(9), sparse.nan_to_num(9))
         assert bool(output.isfinite().any())

@@ -166,7 +166,7 @@ def attention_kernel(
     block_table_ptr,  # int32 [requests, blocks]
     pieces_ptr,  # int32 [pieces, 8], see `Schedule` in ops.py
     table_ptr,  # int32 [rows, budget pages]: pages or, with FRAMES, page frames; read where SPARSE
-    logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP]; written unless SPARSE, as are their maxima
+    logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP]; written where LOGITS, as are their maxima
     logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / TILE, KV_HEADS, GROUP]
     partial_ptr,  # float32 [pieces, H, D]
     partial_lse_ptr,  # float32 [pieces, H]
@@ -207,6 +207,7 @@ def attention_kernel(
     TILE: tl.constexpr,
     LOGIT_TILE: tl.constexpr,
     SPARSE: tl.constexpr,
+    LOGITS: tl.constexpr,
     FRAMES: tl.constexpr,
     APPEND: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -312,7 +313,7 @@ def attention_kernel(
         accumulated = accumulated * decay[None, :]
         accumulated = tl.dot(v, probability.to(COMPUTE), accumulated, input_precision="ieee")
         maximum = new_maximum
-        if not SPARSE:
+        if LOGITS:
             tile = (first_logit_tile + start // LOGIT_TILE).to(tl.int64)
             subtile = tile * (LOGIT_TILE // TILE) + start % LOGIT_TILE // TILE
             place = (tile * KV_HEADS + kv_head) * LOGIT_TILE + token % LOGIT_TILE

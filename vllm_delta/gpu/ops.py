@@ -20,7 +20,7 @@ from vllm_delta.gpu.attention import attention_kernel, combine_kernel
 from vllm_delta.gpu.schedule import schedule_kernel
 from vllm_delta.gpu.scores import score_keys_kernel, score_logits_kernel
 from vllm_delta.gpu.select import select_kernel
-from vllm_delta.gpu.tuning import MIN_TILE, Tuning, all_tunings, choose_tuning
+from vllm_delta.gpu.tuning import MIN_TILE, Tuning, all_tunings, choose_tuning, full_layers_gain
 
 #: Page sizes of the kernels, in tokens.
 PAGE_SIZES = (1, 8, 16, 32, 64, 128)
@@ -414,17 +414,8 @@ def selection_attention(
         side: where pages are chosen, if given, while the model goes on: to be joined before the next layer
             that these functions run.
     """
-    _attention(
-        inputs,
-        workspace,
-        selection,
-        counters,
-        output,
-        table,
-        sparse=False,
-        frames=False,
-        dependent=not just_scheduled,
-    )
+    _check_table(inputs.rows, selection, table)
+    _attention(inputs, workspace, selection, counters, output, logits=True, dependent=not just_scheduled)
     block_size = inputs.kv_cache.shape[2]
     arguments = workspace.scores, workspace.listed, inputs.rows, inputs.block_table, block_size, selection
     if side is None:
@@ -436,6 +427,29 @@ def selection_attention(
     with side.fork():
         _score_logits(inputs, workspace, selection, dependent=False)
         select_pages(*arguments, table)
+
+
+def runs_full_layers(shape: LayerShape, itemsize: int, num_rows: int, device: torch.device) -> bool:
+    """Whether `full_attention` is known to be faster than FlashAttention 3, for rows of any lengths."""
+    key_bytes, units = shape.padded_head_size * itemsize, num_rows * shape.num_kv_heads
+    return (
+        _has_dependent_launch(device)
+        and not shape.quantized
+        and full_layers_gain(key_bytes, units, _multiprocessors(device))
+    )
+
+
+def full_attention(
+    inputs: LayerInputs,
+    workspace: Workspace,
+    selection: Selection,
+    counters: Tensor,
+    output: Tensor,
+    *,
+    just_scheduled: bool = False,
+) -> None:
+    """A full layer: a selection layer's attention, without its logits; arguments as above."""
+    _attention(inputs, workspace, selection, counters, output, dependent=not just_scheduled)
 
 
 def sparse_attention(
@@ -453,17 +467,9 @@ def sparse_attention(
 
     `same_blocks` says that the selection layer had the same block table, so that page frames hold.
     """
-    _attention(
-        inputs,
-        workspace,
-        selection,
-        counters,
-        output,
-        table,
-        sparse=True,
-        frames=same_blocks,
-        dependent=not just_scheduled,
-    )
+    _check_table(inputs.rows, selection, table)
+    dependent = not just_scheduled
+    _attention(inputs, workspace, selection, counters, output, table, frames=same_blocks, dependent=dependent)
 
 
 def select_pages(
@@ -599,15 +605,18 @@ def _attention(
     selection: Selection,
     counters: Tensor,
     output: Tensor,
-    table: SelectionTable,
+    table: SelectionTable | None = None,
     *,
-    sparse: bool,
-    frames: bool,
+    logits: bool = False,
+    frames: bool = False,
     dependent: bool,
 ) -> None:
-    entries = table.frames if frames else table.pages
-    _check(inputs, workspace, selection, output, entries)
+    """A layer's attention and combination; sparse if there is a table, of which it reads frames or pages."""
+    _check(inputs, workspace, selection, output)
     rows, parameters, shape = inputs.rows, inputs.parameters, inputs.shape
+    sparse = table is not None
+    # What a layer does not read needs some tensor in its place.
+    entries = rows.lengths if table is None else table.frames if frames else table.pages
     query, kv_cache, schedule = inputs.query, inputs.kv_cache, inputs.schedule
     if len(rows) == 0:
         return
@@ -662,6 +671,7 @@ def _attention(
         TILE=tuning.tile,
         LOGIT_TILE=LOGIT_TILE,
         SPARSE=sparse,
+        LOGITS=logits,
         FRAMES=frames,
         APPEND=inputs.appended is not None,
         WHOLE=tuning.whole,
@@ -700,9 +710,7 @@ def _attention(
     )
 
 
-def _check(
-    inputs: LayerInputs, workspace: Workspace, selection: Selection, output: Tensor, table: Tensor
-) -> None:
+def _check(inputs: LayerInputs, workspace: Workspace, selection: Selection, output: Tensor) -> None:
     query, kv_cache, rows = inputs.query, inputs.kv_cache, inputs.rows
     _, num_kv_heads, block_size, width = kv_cache.shape
     _, num_heads, head_size = query.shape
@@ -710,8 +718,12 @@ def _check(
     assert block_size % selection.page_size == 0 and selection.page_size in PAGE_SIZES
     assert query.stride(2) == kv_cache.stride(3) == output.stride(2) == 1
     assert all(new.stride(2) == 1 and new.shape[1] == num_kv_heads for new in (inputs.appended or ())[:2])
-    assert len(rows) <= workspace.max_rows and len(rows) <= table.shape[0]
-    assert table.shape[1] >= selection.budget_pages
+    assert len(rows) <= workspace.max_rows
+
+
+def _check_table(rows: DecodeRows, selection: Selection, table: SelectionTable) -> None:
+    num_rows, num_pages = table.pages.shape
+    assert len(rows) <= num_rows and selection.budget_pages <= num_pages
 
 
 def _scales(parameters: AttentionParameters, placeholder: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:

@@ -146,6 +146,15 @@ def choose_tuning(
     raise ValueError(f"no kernel for keys of {key_bytes} bytes")
 
 
+def full_layers_gain(key_bytes: int, units: int, multiprocessors: int) -> bool:
+    """Whether a full layer of so few rows is faster with the attention kernel than with FlashAttention 3.
+
+    On an H200, up to half as many rows times KV heads as multiprocessors, whatever the rows' lengths; not
+    for twice as many. Keys of other sizes have not been compared. Arguments as above.
+    """
+    return key_bytes == 256 and 2 * units <= multiprocessors
+
+
 def _fit(tuning: Tuning, key_bytes: int, shared_memory: int) -> Tuning:
     while tuning.num_stages * tuning.tile * 2 * key_bytes + _SHARED_MARGIN > shared_memory:
         if tuning.num_stages > 2:

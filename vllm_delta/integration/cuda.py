@@ -1,8 +1,9 @@
 """DELTA on CUDA GPUs: an attention backend on the classes of vLLM's FLASH_ATTN.
 
 Prefill tokens, full layers and layers that DELTA does not make sparse go to FlashAttention as they are.
-Decode rows of selection and sparse layers go to DELTA's kernels, whose launches depend on the number of rows
-alone: steps of single tokens replay full CUDA graphs, mixed steps run between piecewise ones.
+Decode rows of selection and sparse layers go to DELTA's kernels, and those of full layers where they are few,
+which the kernels take less time for. Launches depend on the number of rows alone: steps of single tokens
+replay full CUDA graphs, mixed steps run between piecewise ones.
 
 What a step's layers need of the host is prepared in `DeltaCUDAMetadataBuilder.build`, which vLLM calls before
 every step, also before it replays a graph; nothing there waits for the GPU. What the GPU can work out itself,
@@ -144,8 +145,15 @@ class DeltaCUDAMetadata(FlashAttentionMetadata):  # type: ignore[misc]
     #: whether all rows are their sequences' last tokens, and nothing but DELTA's kernels reads the cache, so
     #: that these may write the rows' keys and values themselves
     appends: bool = False
+    #: whether DELTA's kernels run full layers, too, because they are faster there
+    runs_full_layers: bool = False
     #: the builder, which stands for the KV cache group: its layers have one block table
     group: DeltaCUDAMetadataBuilder | None = None
+
+    def has_rows_of(self, role: Role | None) -> bool:
+        """Whether DELTA's kernels run the decode rows of a layer; None: it is not eligible."""
+        runs_layer = self.runs_full_layers if role is Role.FULL else role is not None
+        return runs_layer and bool(self.chunks)
 
 
 class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -207,6 +215,10 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             metadata.chunks = self._chunks(rows)
             kernels_alone = state.observer is None and state.config.runs_kernels_alone
             metadata.appends = single and kernels_alone
+            itemsize = self.model_config.dtype.itemsize
+            metadata.runs_full_layers = metadata.appends and ops.runs_full_layers(
+                self._shape, itemsize, len(rows), self.device
+            )
             if not kernels_alone:
                 metadata.rows = _on_host(rows)
                 if self._counts_steps:
@@ -277,10 +289,11 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             for index, begin in enumerate(range(0, len(rows), most))
         ]
 
-    def make_schedules(self, chunks: list[tuple[ops.DecodeRows, ops.Schedule]]) -> None:
+    def make_schedules(self, metadata: DeltaCUDAMetadata) -> None:
         """Cut a step's rows into pieces: launched by the group's first layer, for all of them."""
         state = self.delta
-        for rows, schedule in chunks:
+        counted = 0 if metadata.runs_full_layers else self._full_layers  # the kernels count their own
+        for rows, schedule in metadata.chunks:
             ops.make_schedule(
                 schedule,
                 rows,
@@ -289,7 +302,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
                 state.workspace,
                 state.selection,
                 state.counters.of(Role.FULL),
-                self._full_layers,
+                counted,
             )
 
     def _prompt_lens(self, common: CommonAttentionMetadata) -> Tensor:
@@ -344,11 +357,11 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
             set_up(self._vllm_config, query.device)
         elif self.schedules and attn_metadata.chunks:
             assert attn_metadata.group is not None
-            attn_metadata.group.make_schedules(attn_metadata.chunks)
+            attn_metadata.group.make_schedules(attn_metadata)
         appended = self._appended(key, value, attn_metadata)
         if attn_metadata is not None and appended is None and self._owns_cache(key):
             self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-        if attn_metadata is None or self.role in (None, Role.FULL) or not attn_metadata.chunks:
+        if attn_metadata is None or not attn_metadata.has_rows_of(self.role):
             result: Tensor = dense(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -372,7 +385,7 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
         self, key: Tensor, value: Tensor, attn_metadata: DeltaCUDAMetadata | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """What this step's attention kernel writes to the cache, and where, if it does."""
-        if attn_metadata is None or not attn_metadata.appends or self.role in (None, Role.FULL):
+        if attn_metadata is None or not (attn_metadata.appends and attn_metadata.has_rows_of(self.role)):
             return None
         if not self._owns_cache(key) or is_quantized_kv_cache(self.kv_cache_dtype):
             return None
@@ -421,12 +434,16 @@ class DeltaCUDAImpl(FlashAttentionImpl):  # type: ignore[misc]
                 query, kv_cache, attn_metadata.block_table, rows, schedule, parameters, appended
             )
             table = state.table.slice(begin, begin + len(rows))
-            arguments = inputs, state.workspace, state.selection, counters, output, table
-            if self.role is Role.SELECTION:
-                ops.selection_attention(*arguments, just_scheduled=just_scheduled, side=side)
+            arguments = inputs, state.workspace, state.selection, counters, output
+            if self.role is Role.FULL:
+                ops.full_attention(*arguments, just_scheduled=just_scheduled)
+            elif self.role is Role.SELECTION:
+                ops.selection_attention(*arguments, table, just_scheduled=just_scheduled, side=side)
             else:
                 same_blocks = state.table_group is attn_metadata.group
-                ops.sparse_attention(*arguments, same_blocks=same_blocks, just_scheduled=just_scheduled)
+                ops.sparse_attention(
+                    *arguments, table, same_blocks=same_blocks, just_scheduled=just_scheduled
+                )
             begin += len(rows)
         if self.role is Role.SELECTION:
             state.table_group = attn_metadata.group
