@@ -159,14 +159,15 @@ def count_row(counters_ptr, dense_row_ptr, attended, length, SPARSE: tl.constexp
         tl.atomic_add(counters_ptr + reason, 1, sem="relaxed")
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_ptr", "dense_ptr"])
+# Full layers run what selection layers do, and store nothing: compiled without the stores it takes longer.
+@triton.jit(do_not_specialize=["keeps_logits"], do_not_specialize_on_alignment=["table_ptr", "dense_ptr"])
 def attention_kernel(
     query_ptr,  # [tokens, H, D]
     kv_cache_ptr,  # [num_blocks, KV_HEADS, BLOCK, 2 * D], any strides but the last
     block_table_ptr,  # int32 [requests, blocks]
     pieces_ptr,  # int32 [pieces, 8], see `Schedule` in ops.py
     table_ptr,  # int32 [rows, budget pages]: pages or, with FRAMES, page frames; read where SPARSE
-    logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP]; written where LOGITS, as are their maxima
+    logits_ptr,  # int16 [tiles, KV_HEADS, LOGIT_TILE, GROUP]; not written where SPARSE, as their maxima
     logit_maxima_ptr,  # float32 [tiles * LOGIT_TILE / TILE, KV_HEADS, GROUP]
     partial_ptr,  # float32 [pieces, H, D]
     partial_lse_ptr,  # float32 [pieces, H]
@@ -183,6 +184,7 @@ def attention_kernel(
     k_scale_ptr,
     scale,
     softcap,
+    keeps_logits,  # 0: of a full layer, which has no use for them
     query_stride_token,
     query_stride_head,
     key_stride_token,
@@ -207,7 +209,6 @@ def attention_kernel(
     TILE: tl.constexpr,
     LOGIT_TILE: tl.constexpr,
     SPARSE: tl.constexpr,
-    LOGITS: tl.constexpr,
     FRAMES: tl.constexpr,
     APPEND: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -282,7 +283,7 @@ def attention_kernel(
         tl.store(token_ptr + dim, new_key, mask=dim < new_dims)
         tl.store(token_ptr + D + dim, new_value, mask=dim < new_dims)
         tl.debug_barrier()  # other threads of the program read them
-    logit_columns = tl.where(first_logit_tile >= 0, GROUP, 0)
+    logit_columns = tl.where((first_logit_tile >= 0) & (keeps_logits != 0), GROUP, 0)
 
     maximum = tl.full([COLUMNS], -float("inf"), tl.float32)
     totals = tl.zeros([TILE, COLUMNS], tl.float32)  # of each place in a tile, summed up at the end
@@ -313,7 +314,7 @@ def attention_kernel(
         accumulated = accumulated * decay[None, :]
         accumulated = tl.dot(v, probability.to(COMPUTE), accumulated, input_precision="ieee")
         maximum = new_maximum
-        if LOGITS:
+        if not SPARSE:
             tile = (first_logit_tile + start // LOGIT_TILE).to(tl.int64)
             subtile = tile * (LOGIT_TILE // TILE) + start % LOGIT_TILE // TILE
             place = (tile * KV_HEADS + kv_head) * LOGIT_TILE + token % LOGIT_TILE

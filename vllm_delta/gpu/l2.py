@@ -23,8 +23,8 @@ def set_aside_l2(device: torch.device, share: float = SHARE) -> int:
     """Set aside a share of the cache for as long as the process lives, or until the next call.
 
     What is set aside, all other kernels have to do without. On an H200, whose cache has 60 MB, decode steps
-    took about the same time with a quarter and three eighths of it set aside, 0.3 to 2% more with a half, and a
-    seventh more with five eighths.
+    took about the same time with a quarter and three eighths of it set aside, 0.3 to 2% more with a half, and
+    a seventh more with five eighths.
 
     Args:
         device: a CUDA device.
