@@ -147,18 +147,20 @@ def test_rows_are_whole_where_they_fill_the_gpu() -> None:
 
 
 def test_full_layers_of_few_rows_are_run() -> None:
-    def run(num_rows: int, shape: ops.LayerShape, itemsize: int = 2) -> bool:
-        return ops.runs_full_layers(shape, itemsize, num_rows, torch.device(DEVICE))
+    def most(shape: ops.LayerShape, itemsize: int = 2, *, hopper: bool = True) -> int:
+        with (
+            mock.patch.object(ops, "_has_dependent_launch", lambda device: hopper),
+            mock.patch.object(ops, "_multiprocessors", lambda device: 132),
+        ):
+            return ops.most_full_rows(shape, itemsize, torch.device(DEVICE))
 
     shape = ops.LayerShape(28, 4, 128)
-    hopper = mock.patch.object(ops, "_has_dependent_launch", lambda device: True)
-    with mock.patch.object(ops, "_multiprocessors", lambda device: 132), hopper:
-        assert [rows for rows in range(1, 100) if run(rows, shape)] == list(range(1, 17))
-        for other in (dataclasses.replace(shape, quantized=True), dataclasses.replace(shape, head_size=64)):
-            assert not run(1, other)
-        assert not run(1, shape, 4), "not measured"
-    with mock.patch.object(ops, "_has_dependent_launch", lambda device: False):
-        assert not run(1, shape), "before Hopper it has not been measured"
+    assert most(shape) == 16
+    assert most(ops.LayerShape(12, 2, 128)) == 33
+    assert most(dataclasses.replace(shape, quantized=True)) == 0
+    for not_measured in (most(dataclasses.replace(shape, head_size=64)), most(shape, 4)):
+        assert not_measured == 0
+    assert most(shape, hopper=False) == 0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,7 +20,7 @@ from vllm_delta.gpu.attention import attention_kernel, combine_kernel
 from vllm_delta.gpu.schedule import schedule_kernel
 from vllm_delta.gpu.scores import score_keys_kernel, score_logits_kernel
 from vllm_delta.gpu.select import select_kernel
-from vllm_delta.gpu.tuning import MIN_TILE, Tuning, all_tunings, choose_tuning, full_layers_gain
+from vllm_delta.gpu.tuning import MIN_TILE, Tuning, all_tunings, choose_tuning, most_full_units
 
 #: Page sizes of the kernels, in tokens.
 PAGE_SIZES = (1, 8, 16, 32, 64, 128)
@@ -429,14 +429,12 @@ def selection_attention(
         select_pages(*arguments, table)
 
 
-def runs_full_layers(shape: LayerShape, itemsize: int, num_rows: int, device: torch.device) -> bool:
-    """Whether `full_attention` is known to be faster than FlashAttention 3, for rows of any lengths."""
-    key_bytes, units = shape.padded_head_size * itemsize, num_rows * shape.num_kv_heads
-    return (
-        _has_dependent_launch(device)
-        and not shape.quantized
-        and full_layers_gain(key_bytes, units, _multiprocessors(device))
-    )
+def most_full_rows(shape: LayerShape, itemsize: int, device: torch.device) -> int:
+    """Rows up to which full layers should run with `full_attention`, not FlashAttention 3; 0 for none."""
+    if shape.quantized or not _has_dependent_launch(device):
+        return 0
+    units = most_full_units(shape.padded_head_size * itemsize, _multiprocessors(device))
+    return units // shape.num_kv_heads
 
 
 def full_attention(

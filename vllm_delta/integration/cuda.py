@@ -185,6 +185,9 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         self._not_eligible = len(impls) - len(self._eligible) - self._sliding
         if self._eligible:
             self._shape = layer_shape(self._eligible[0])
+            self._most_full_rows = ops.most_full_rows(
+                self._shape, vllm_config.model_config.dtype.itemsize, device
+            )
             check_block_size(self.delta.config, self.block_size)
             self._eligible[0].schedules = True
             self.delta.step_layer = self.delta.step_layer or layer_names[0]
@@ -215,10 +218,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             metadata.chunks = self._chunks(rows)
             kernels_alone = state.observer is None and state.config.runs_kernels_alone
             metadata.appends = single and kernels_alone
-            itemsize = self.model_config.dtype.itemsize
-            metadata.runs_full_layers = metadata.appends and ops.runs_full_layers(
-                self._shape, itemsize, len(rows), self.device
-            )
+            metadata.runs_full_layers = metadata.appends and len(rows) <= self._most_full_rows
             if not kernels_alone:
                 metadata.rows = _on_host(rows)
                 if self._counts_steps:
