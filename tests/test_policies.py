@@ -22,7 +22,13 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_delta.config import POLICIES, DeltaConfig
 from vllm_delta.counters import Counters, difference, total
 from vllm_delta.gpu import ops
-from vllm_delta.integration.cuda import DeltaCUDAImpl, DeltaCUDAMetadataBuilder, _on_host, _plain_layer
+from vllm_delta.integration.cuda import (
+    DeltaCUDAImpl,
+    DeltaCUDAMetadata,
+    DeltaCUDAMetadataBuilder,
+    _on_host,
+    _plain_layer,
+)
 from vllm_delta.integration.cuda_state import CudaState
 from vllm_delta.integration.layers import find_state
 from vllm_delta.plan import SELF_SELECTING, Plan, Role, make_plan
@@ -434,14 +440,10 @@ def test_steps_of_single_tokens(monkeypatch, appends):
     whole, (keys, values, slots) = batch.kv_cache.clone(), batch.take_last_tokens()
     lengths = batch.rows.lengths.clone()
     batch.rows.lengths.fill_(1)
-    metadata = SimpleNamespace(
-        chunks=builder._chunks(batch.rows),
-        prefill=None,
-        block_table=batch.block_table,
-        group=builder,
-        appends=appends,
-        slot_mapping=slots,
-    )
+    metadata = object.__new__(DeltaCUDAMetadata)
+    metadata.chunks, metadata.prefill, metadata.group = builder._chunks(batch.rows), None, builder
+    metadata.block_table, metadata.slot_mapping = batch.block_table, slots
+    metadata.appends = metadata.runs_full_layers = appends
     batch.rows.lengths.copy_(lengths)
     dependent = []  # of the launches since the last layer: whether it may begin before the one ahead ends
     monkeypatch.setattr(
@@ -449,7 +451,9 @@ def test_steps_of_single_tokens(monkeypatch, appends):
     )
     impl.do_kv_cache_update = lambda *_: batch.kv_cache.copy_(whole)  # vLLM's kernel needs a GPU
     layer = SimpleNamespace(layer_name="model.layers.5.attn")
+    full = ((Role.FULL, True), (Role.FULL, False)) if appends else ()  # else it is FlashAttention's
     for role, impl.schedules in (
+        *full,
         (Role.SELECTION, True),
         (Role.SELECTION, False),
         (Role.SPARSE, True),  # the first of a second group
@@ -463,10 +467,11 @@ def test_steps_of_single_tokens(monkeypatch, appends):
         assert dependent[0] is not impl.schedules
         assert torch.equal(batch.kv_cache, whole)
         for row in (0, 1, 3, 4):
-            selected = role is Role.SELECTION
-            exact = expect(batch, row).full if selected else expect_sparse(batch, row, batch.kept(row))
+            reads_all = role is not Role.SPARSE
+            exact = expect(batch, row).full if reads_all else expect_sparse(batch, row, batch.kept(row))
             actual = output[int(batch.rows.tokens[row])]
             torch.testing.assert_close(actual.double(), exact, atol=0.01, rtol=0.01)
+    assert state.counters.as_dict()["layers"]["full"]["rows"] == 4 * len(full)
 
 
 @pytest.mark.parametrize(
