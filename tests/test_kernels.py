@@ -1,9 +1,11 @@
 """The CPU kernels against the reference, in every layout, dtype and shape that they take.
 
-The cache is packed by vLLM's own operator, every other block and every token behind a sequence holds NaN, and
-so do outputs and scratch memory: whatever reads or leaves out the wrong thing shows.
+The cache is packed by vLLM's own operator, where it has the layout. Every other block and every token behind
+a sequence holds NaN, and so do outputs and scratch memory: whatever reads or leaves out the wrong thing
+shows.
 """
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -23,8 +25,37 @@ NAN = float("nan")
 LENGTHS = [1, 15, 16, 17, 127, 512, 513, 700, 1500, 2100]
 
 
+@functools.cache
+def vllm_packs(layout):
+    """Whether vLLM's build for this processor knows the layout; without AVX-512 it lacks "amx"."""
+    token = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+    try:
+        pack_by_vllm(token, token, torch.zeros(1, dtype=torch.int64), 1, 32, layout)
+    except RuntimeError:
+        return False
+    return True
+
+
 def pack(keys, values, slots, num_blocks, block_size, layout):
     """Write tokens ``[tokens, num_kv_heads, head_size]`` into an otherwise poisoned cache."""
+    by_vllm = layout != "amx" or vllm_packs(layout)
+    return (pack_by_vllm if by_vllm else pack_amx)(keys, values, slots, num_blocks, block_size, layout)
+
+
+def pack_amx(keys, values, slots, num_blocks, block_size, layout):
+    """What vLLM does for "amx": K [block / 16][size / 2][16][2], V [size / 16][block / 2][16][2]."""
+    heads, size = keys.shape[1:]
+    plain = torch.full((2, num_blocks * block_size, heads, size), NAN, dtype=keys.dtype)
+    plain[:, slots] = torch.stack([keys, values])
+    keys, values = plain.view(2, num_blocks, block_size, heads, size).transpose(2, 3)
+    keys = keys.reshape(num_blocks, heads, block_size // 16, 16, size // 2, 2).transpose(3, 4)
+    values = values.reshape(num_blocks, heads, block_size // 2, 2, size // 16, 16).permute(0, 1, 4, 2, 5, 3)
+    packed = torch.stack([part.flatten(2) for part in (keys, values)], dim=2)
+    return packed.view(num_blocks, heads, block_size, 2 * size)
+
+
+def pack_by_vllm(keys, values, slots, num_blocks, block_size, layout):
+    """The same by the operator of the engine."""
     num_kv_heads, head_size = keys.shape[1:]
     cache = torch.full((num_blocks, num_kv_heads, block_size, 2 * head_size), NAN, dtype=keys.dtype)
     key_cache, value_cache = cache.view(num_blocks, num_kv_heads, 2 * block_size, head_size).chunk(2, 2)
@@ -171,6 +202,14 @@ def check_batch(batch, page_size, budget_pages, recent_pages, sink_pages):
     assert full[-2].tolist() == [len(rows), total, total]
     assert selecting[-2].tolist() == [len(rows), total, total]
     assert sparse[-2].tolist() == [len(rows), attended, total]
+
+
+@pytest.mark.skipif(not vllm_packs("amx"), reason="vLLM's build for this processor lacks the layout")
+def test_amx_layout_is_vllms():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 75, 2, 64).bfloat16()
+    arguments = keys, values, torch.randperm(5 * 32)[:75], 5, 32, "amx"
+    assert torch.equal(pack_amx(*arguments).nan_to_num(9), pack_by_vllm(*arguments).nan_to_num(9))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
