@@ -104,7 +104,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "vllm_delta._cpu",
+            "vllm_delta.kernels.cpu._library",
             sources=["csrc/cpu/attention.cpp", "csrc/cpu/select.cpp", "csrc/cpu/bindings.cpp"],
             depends=["setup.py", *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
         )

@@ -52,7 +52,7 @@ from engine import POSITIONS, SPARE_POSITIONS, BenchmarkError, Json, describe_ru
 from environment import ROOT
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vllm_delta.cli import json_object
+from vllm_delta.cli.options import json_object
 
 sys.path.append(str(ROOT / "tools"))
 

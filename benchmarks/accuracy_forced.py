@@ -21,10 +21,11 @@ from accuracy_settings import Records, Setting
 from engine import Json
 from reasoner import vocabulary
 
-from vllm_delta.calibration.engine import CalibrationError, Engine
+from vllm_delta.calibration.engine import Engine, Model
 from vllm_delta.calibration.file import with_calibrated_layers
-from vllm_delta.config import DeltaConfig, DeltaConfigError
-from vllm_delta.counters import difference
+from vllm_delta.calibration.prompts import CalibrationError
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.counters import difference
 
 #: the engine of this process, which serves one job after another
 _engines: list[Engine] = []
@@ -82,7 +83,8 @@ def _engine(job: Json) -> Engine:
         size = needs["page_size"]
         config = DeltaConfig(page_size=size, budget_tokens=needs["budget"], recent_tokens=0, sink_tokens=0)
         options: dict[str, Any] = needs["options"]
-        _engines.append(Engine(job["model"], config, needs["budget"], needs["length"], options))
+        model = Model(job["model"], options)
+        _engines.append(Engine(model, config, needs["budget"], needs["length"]))
     return _engines[0]
 
 

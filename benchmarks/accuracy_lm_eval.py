@@ -47,8 +47,8 @@ from engine import BenchmarkError, Json, describe_run, end_group, run_benchmark
 from environment import ROOT, version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vllm_delta.cli import json_object
-from vllm_delta.counters import difference
+from vllm_delta.cli.options import json_object
+from vllm_delta.method.counters import difference
 
 sys.path.append(str(ROOT / "tools"))
 

@@ -26,7 +26,7 @@ from engine import BenchmarkError, Json
 from environment import ROOT
 from openai import OpenAIError
 
-from vllm_delta.counters import difference, total
+from vllm_delta.method.counters import difference, total
 
 sys.path.append(str(ROOT / "tools"))
 

@@ -26,8 +26,8 @@ from common import Run, check_header
 from engine import DELTA, BenchmarkError, Json, check_activity
 from environment import ROOT, find_machine
 
-from vllm_delta.cli import json_object
-from vllm_delta.config import DeltaConfig
+from vllm_delta.cli.options import json_object
+from vllm_delta.method.config import DeltaConfig
 
 sys.path.append(str(ROOT / "tools"))
 

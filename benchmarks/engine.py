@@ -27,7 +27,7 @@ import psutil  # type: ignore[import-untyped]
 from common import Case, Run, check_header
 from environment import ROOT, describe_environment, find_machine, git_commit
 
-from vllm_delta.config import DeltaConfig
+from vllm_delta.method.config import DeltaConfig
 
 DELTA = "DELTA"
 LOG_TAIL_LINES = 60
@@ -136,7 +136,7 @@ def delta_counts(llm: Any, job: Json, since: Json | None = None) -> Json:
     """DELTA's counters, summed over the workers, less `since`; empty for another backend."""
     if job["engine"]["attention_backend"] != DELTA:
         return {}
-    from vllm_delta.counters import difference, total  # imports torch
+    from vllm_delta.method.counters import difference, total  # imports torch
 
     counts = total(llm.collective_rpc("delta_counters"))
     return difference(counts, since) if since else counts

@@ -31,9 +31,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import _custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
-from vllm_delta import ops
-from vllm_delta.config import DeltaConfig
-from vllm_delta.ops import AttentionParameters, Rows, SelectionTable
+from vllm_delta.kernels.cpu import ops
+from vllm_delta.kernels.types import SelectionTable
+from vllm_delta.method.attention import AttentionParameters
+from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.rows import DecodeRows
 
 #: tokens of a KV block in vLLM's default, and where DELTA chooses it; with vLLM's names of the layouts
 DENSE_BLOCK, DENSE_LAYOUT = 128, "vec"
@@ -107,31 +109,19 @@ def layers(
             kv_cache_dtype="auto",
         )
 
-    rows = Rows(starts[:-1], starts[:-1], lengths)
+    rows = DecodeRows(starts[:-1], starts[:-1], lengths, torch.full_like(lengths, config.budget_pages))
     table = SelectionTable.allocate(case.batch, config.budget_pages)
     workspace = ops.allocate_workspace(case.context, num_heads, head_size)
     counters = torch.zeros(3, dtype=torch.int64)
-    parameters = AttentionParameters(scale, DELTA_LAYOUT)
+    parameters = AttentionParameters(scale, layout=DELTA_LAYOUT)
+    scratch = workspace, counters, output
 
-    def delta(function: Callable[..., None], *more: Any, **options: Any) -> Callable[[], None]:
-        def call() -> None:
-            block_table = next(delta_tables)
-            function(
-                *(query, cache, block_table, rows, parameters, workspace, counters, output, *more), **options
-            )
+    def delta(function: Callable[..., None], *more: Any) -> Callable[[], None]:
+        return lambda: function(query, cache, next(delta_tables), rows, parameters, *more)
 
-        return call
-
-    full = delta(ops.full_attention)
-    selection = delta(
-        ops.selection_attention,
-        table,
-        page_size=config.page_size,
-        budget_pages=config.budget_pages,
-        recent_pages=config.recent_pages,
-        sink_pages=config.sink_pages,
-    )
-    sparse = delta(ops.sparse_attention, table, page_size=config.page_size)
+    full = delta(ops.full_attention, *scratch)
+    selection = delta(ops.selection_attention, config.rule, *scratch, table)
+    sparse = delta(ops.sparse_attention, config.rule, *scratch, table)
     selection()  # writes the table that `sparse` reads
     kept = min(case.context, config.budget_tokens)
     return {

@@ -34,9 +34,17 @@ from environment import ROOT, describe_environment, find_machine
 from torch import Tensor
 from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-from vllm_delta.config import DeltaConfig
-from vllm_delta.gpu import l2, ops, tuning
-from vllm_delta.gpu.tuning import Tuning
+from vllm_delta.kernels.gpu import l2, ops, tuning
+from vllm_delta.kernels.gpu.attention import attend
+from vllm_delta.kernels.gpu.layer import LayerInputs, LayerShape
+from vllm_delta.kernels.gpu.schedule import Schedule, make_schedule
+from vllm_delta.kernels.gpu.select import select_pages
+from vllm_delta.kernels.gpu.tuning import Tuning
+from vllm_delta.kernels.gpu.workspace import Workspace
+from vllm_delta.kernels.types import SelectionTable
+from vllm_delta.method.attention import AttentionParameters
+from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.rows import DecodeRows
 
 #: query heads, KV heads, head size
 SHAPES = {"qwen2.5-1.5b": (12, 2, 128), "qwen2.5-7b": (28, 4, 128), "qwen3-8b": (32, 8, 128)}
@@ -53,24 +61,21 @@ class Layers:
     """Several layers' caches with the same batch, and DELTA's buffers for them."""
 
     case: Case
-    shape: ops.LayerShape
+    shape: LayerShape
     queries: list[Tensor]
     caches: list[Tensor]
     block_table: Tensor
-    rows: ops.DecodeRows
-    selection: ops.Selection
-    workspace: ops.Workspace
-    schedule: ops.Schedule
-    table: ops.SelectionTable
+    rows: DecodeRows
+    config: DeltaConfig
+    workspace: Workspace
+    schedule: Schedule
+    table: SelectionTable
     compact_table: Tensor
 
     @classmethod
-    def make(cls, case: Case, shape: ops.LayerShape) -> Layers:
+    def make(cls, case: Case, shape: LayerShape) -> Layers:
         """Random caches and queries, and a selection made from them."""
         config = DeltaConfig()
-        selection = ops.Selection(
-            config.page_size, config.budget_tokens, config.recent_tokens, config.sink_tokens
-        )
         batch, context = case.batch, case.context
         token_bytes = shape.num_kv_heads * shape.head_size * 4
         kept_bytes = batch * min(context, config.budget_tokens) * token_bytes
@@ -86,8 +91,9 @@ class Layers:
         ]
         block_table = torch.randperm(size[0], device=device).view(batch, -1).int()
         index = torch.arange(batch, dtype=torch.int32, device=device)
-        rows = ops.DecodeRows(index, index, torch.full_like(index, context), torch.zeros_like(index))
-        workspace = ops.Workspace.allocate(
+        kept_pages = torch.full_like(index, config.budget_pages)
+        rows = DecodeRows(index, index, torch.full_like(index, context), kept_pages)
+        workspace = Workspace.allocate(
             {shape},
             max_rows=batch,
             max_length=context,
@@ -102,35 +108,40 @@ class Layers:
             caches,
             block_table,
             rows,
-            selection,
+            config,
             workspace,
-            ops.Schedule.allocate(batch, shape.num_kv_heads, device),
-            ops.SelectionTable.allocate(batch, selection.budget_pages, device),
+            Schedule.allocate(batch, shape.num_kv_heads, device),
+            SelectionTable.allocate(batch, config.budget_pages, device, frames=True),
             torch.empty(0),
         )
         layers.plan()
         layers.run_selection(0)
-        kept = min(blocks_per_row, selection.budget_pages)
-        layers.compact_table = torch.gather(block_table, 1, layers.table.pages[:, :kept].long())
+        layers.compact_table = block_table
+        if blocks_per_row > config.budget_pages:  # else rows keep everything, and the table has no entries
+            layers.compact_table = torch.gather(block_table, 1, layers.table.pages.long())
         return layers
 
     def plan(self) -> None:
         """Make the schedule, which depends on the tuning."""
         counters = torch.zeros(5, dtype=torch.int64, device="cuda")
-        ops.make_schedule(
-            self.schedule, self.rows, self.shape, 2, self.workspace, self.selection, counters, 0
-        )
+        make_schedule(self.schedule, self.rows, self.shape, 2, self.workspace, self.config.rule, counters, 0)
         self.counters = counters
         self.output = torch.zeros_like(self.queries[0])  # a launch between the schedule's and the layer's
-        self.parameters = ops.AttentionParameters(self.shape.head_size**-0.5, torch.bfloat16)
+        self.parameters = AttentionParameters(self.shape.head_size**-0.5, dtype=torch.bfloat16)
 
-    def _inputs(self, copy: int) -> ops.LayerInputs:
-        return ops.LayerInputs(
-            self.queries[copy], self.caches[copy], self.block_table, self.rows, self.schedule, self.parameters
+    def _inputs(self, copy: int) -> LayerInputs:
+        return LayerInputs(
+            self.queries[copy],
+            self.caches[copy],
+            self.block_table,
+            self.rows,
+            self.schedule,
+            self.parameters,
+            self.config.rule,
         )
 
-    def _arguments(self, copy: int) -> tuple[ops.LayerInputs, ops.Workspace, ops.Selection, Tensor, Tensor]:
-        return self._inputs(copy), self.workspace, self.selection, self.counters, self.output
+    def _arguments(self, copy: int) -> tuple[LayerInputs, Workspace, Tensor, Tensor]:
+        return self._inputs(copy), self.workspace, self.counters, self.output
 
     def run_full(self, copy: int) -> None:
         """A full layer."""
@@ -142,17 +153,23 @@ class Layers:
 
     def run_selection_attention(self, copy: int) -> None:
         """Its attention."""
-        ops._attention(*self._arguments(copy), logits=True, dependent=True)
+        attend(*self._arguments(copy), keeps_logits=True, dependent=True)
 
     def run_scores(self, copy: int) -> None:
         """Its page scores."""
-        ops.page_scores(self._inputs(copy), self.workspace, self.selection)
+        ops.page_scores(self._inputs(copy), self.workspace)
 
     def run_select(self, copy: int) -> None:
         """Its selection."""
         workspace = self.workspace
-        ops.select_pages(
-            workspace.scores, workspace.listed, self.rows, self.block_table, BLOCK, self.selection, self.table
+        select_pages(
+            workspace.scores,
+            workspace.listed,
+            self.rows,
+            self.block_table,
+            BLOCK,
+            self.config.rule,
+            self.table,
         )
 
     def run_sparse(self, copy: int) -> None:
@@ -163,7 +180,7 @@ class Layers:
         """FlashAttention 3 as vLLM calls it in a CUDA graph."""
         batch, device = self.case.batch, "cuda"
         block_table = self.compact_table if compact else self.block_table
-        length = min(self.case.context, self.selection.budget_tokens) if compact else self.case.context
+        length = min(self.case.context, self.config.budget_tokens) if compact else self.case.context
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
         size = self.shape.head_size
@@ -246,7 +263,7 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / times["copy"] / 1000
 
 
-def measure(case: Case, shape: ops.LayerShape, rounds: int) -> dict[str, tuple[float, float]]:
+def measure(case: Case, shape: LayerShape, rounds: int) -> dict[str, tuple[float, float]]:
     """Microseconds and bytes read of each kernel."""
     layers = Layers.make(case, shape)
     runs = {
@@ -271,12 +288,12 @@ def measure(case: Case, shape: ops.LayerShape, rounds: int) -> dict[str, tuple[f
                 samples[name].append(time)
     times = {name: median(values) for name, values in samples.items()}
     token_bytes = case.batch * shape.num_kv_heads * shape.head_size * 4
-    kept = min(case.context, layers.selection.budget_tokens)
+    kept = min(case.context, layers.config.budget_tokens)
     tokens = {"scores": 0, "select": 0, "sparse": kept, "fa3_compact": kept}
     return {name: (time, token_bytes * tokens.get(name, case.context)) for name, time in times.items()}
 
 
-def tune(shape: ops.LayerShape) -> None:
+def tune(shape: LayerShape) -> None:
     """Try settings of the attention kernel; print the best of each case."""
     grid = itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 6), (1, 2, 3, 4, 6))
     candidates = [Tuning(*values) for values in grid if values[0] * values[2] <= 512]
@@ -291,12 +308,12 @@ def tune(shape: ops.LayerShape) -> None:
                 table = (tuning.Rule(candidate, key_bytes=1024),)
                 name = "_SPARSE" if sparse else "_SELECTION"
                 with mock.patch.object(tuning, name, table):
-                    layers.schedule = ops.Schedule.allocate(layers.case.batch, shape.num_kv_heads, "cuda")
-                    layers.workspace = ops.Workspace.allocate(
+                    layers.schedule = Schedule.allocate(layers.case.batch, shape.num_kv_heads, "cuda")
+                    layers.workspace = Workspace.allocate(
                         {shape},
                         max_rows=layers.case.batch,
                         max_length=layers.case.context,
-                        page_size=layers.selection.page_size,
+                        page_size=layers.config.page_size,
                         logit_tokens=layers.case.batch * -(-layers.case.context // 128) * 128,
                         device="cuda",
                     )
@@ -333,7 +350,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("no CUDA device; benchmarks/kernels_cpu.py measures on the CPU")
     if arguments.tune:
         for name in arguments.shapes.split(","):
-            tune(ops.LayerShape(*SHAPES[name]))
+            tune(LayerShape(*SHAPES[name]))
         return 0
     environment = describe_environment("benchmarks/kernels.py") | {"machine": find_machine()[1]}
     if arguments.commit:
@@ -343,7 +360,7 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     for name in arguments.shapes.split(","):
         for case in map(Case.parse, arguments.cases.split(",")):
-            results = measure(case, ops.LayerShape(*SHAPES[name]), arguments.rounds)
+            results = measure(case, LayerShape(*SHAPES[name]), arguments.rounds)
             for kernel, (time, read) in results.items():
                 rate = read / time / 1000
                 rows.append(

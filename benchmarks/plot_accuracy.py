@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from picture import COLOURS, STYLE, run, save, versions
 
-from vllm_delta.config import DeltaConfig
+from vllm_delta.method.config import DeltaConfig
 
 LINE_COLOURS = (
     *COLOURS[1:],

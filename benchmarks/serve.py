@@ -43,7 +43,7 @@ from engine import (
 from environment import ROOT
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vllm_delta.counters import difference
+from vllm_delta.method.counters import difference
 
 sys.path.append(str(ROOT / "tools"))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_delta import counters
+from vllm_delta.method import counters
 
 # Before vLLM is imported: a gibibyte of cache, and no look-ups on a model hub.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,7 @@ from conftest import ONE_THREAD, in_fresh_process
 from dense_mask import logprobs_with_masks
 
 from vllm_delta.calibration.file import CALIBRATION_FILE, with_calibrated_layers
+from vllm_delta.calibration.prompts import CalibrationError, read_prompts, render
 from vllm_delta.calibration.search import (
     attended_share,
     join_passes,
@@ -23,10 +28,16 @@ from vllm_delta.calibration.search import (
     search,
     split_passes,
 )
-from vllm_delta.config import DeltaConfig, DeltaConfigError
-from vllm_delta.gpu.ops import Selection
+from vllm_delta.cli import calibrate as calibrate_command
+from vllm_delta.cli.main import parse_arguments
 from vllm_delta.integration.calibration import Calibration, Distributions
-from vllm_delta.plan import make_plan
+from vllm_delta.integration.worker_state import WorkerState
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.counters import Counters
+from vllm_delta.method.plan import make_plan
+from vllm_delta.method.rows import SelectionRule
+
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 LAYERS = [0, 2, 3, 5, 8, 9, 10, 13]  # of a model whose other layers have sliding windows
 
@@ -132,10 +143,49 @@ def test_a_named_file_counts(tmp_path):
         with_calibrated_layers({**named, "full_layers": 2}, "some/model")
     with pytest.raises(DeltaConfigError, match=r"there is no file .*missing"):
         with_calibrated_layers({"calibration": str(tmp_path / "missing")}, "some/model")
-    for text in ("nothing", "[]", '{"delta": {}}', '{"delta": {"full_layers": -1, "selection_layers": []}}'):
-        path.write_text(text)
-        with pytest.raises(DeltaConfigError, match="is no calibration"):
-            with_calibrated_layers(named, "some/model")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nothing", "is no calibration"),
+        ("[]", "is no calibration"),
+        ('{"delta": {}}', "is no calibration"),
+        ('{"delta": {"full_layers": -1, "selection_layers": []}}', "is no calibration"),
+        ('{"delta": {"full_layers": 1, "selection_layers": [1]}, "calibration": 3}', "is no calibration"),
+        ("[" * 100000, "is no calibration"),
+        (b"\xff\xfe", "is no calibration"),
+        (b" " * (1 << 23), "is no calibration: it has more than 4194304 bytes"),
+        (
+            '{"delta": {"full_layers": 1, "selection_layers": [1]}, "calibration": {"num_layers": 28}}',
+            "was made for a model of 28 layers, and this one has 12",
+        ),
+    ],
+    ids=["text", "list", "empty", "number", "kind", "nested", "binary", "large", "other model"],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / CALIBRATION_FILE
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for settings, model in (({"calibration": str(path)}, "some/model"), ({}, str(tmp_path))):
+        with pytest.raises(DeltaConfigError, match=f"{path} {message}"):
+            with_calibrated_layers(settings, model, 12)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    write_calibration(tmp_path / CALIBRATION_FILE)
+
+    def refuse_to_read(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse_to_read)
+    with pytest.raises(DeltaConfigError, match=f"{tmp_path}/{CALIBRATION_FILE}: Permission denied"):
+        with_calibrated_layers({}, str(tmp_path))
+
+
+def test_layers_of_a_calibration_that_do_not_fit_name_the_file():
+    config = DeltaConfig(full_layers=1, selection_layers=(1, 40), calibration="some/file.json")
+    with pytest.raises(DeltaConfigError, match=r"selection_layers of the calibration some/file\.json: 40 is"):
+        make_plan(config, range(12), 12)
 
 
 def test_a_plan_tells_its_calibration():
@@ -147,22 +197,19 @@ def test_a_plan_tells_its_calibration():
 
 
 def test_settings_change_in_a_worker():
-    """Roles of layers, and a GPU's form of the settings, follow; what is not named is that of the start."""
+    """Plan and rule follow; what is not named is that of the start."""
     start = DeltaConfig(page_size=16, budget_tokens=256, recent_tokens=32)
+    state = WorkerState(config=start, plan=make_plan(start, range(6), 6), counters=Counters(), table=None)
     calibration = object.__new__(Calibration)
-    calibration._state = SimpleNamespace(config=start, plan=None, selection=Selection(16, 256, 32, 16))
-    calibration._start, calibration._num_layers = start, 6
-    calibration._impls = {layer: SimpleNamespace(role=None) for layer in range(6)}
-    state = calibration._state
+    calibration._state, calibration._start, calibration._num_layers = state, start, 6
     calibration.use({"full_layers": 1, "selection_layers": [1, 3], "page_size": 32, "sink_tokens": 0})
-    roles = [calibration._impls[layer].role for layer in calibration.layers()]
+    roles = [state.plan.roles[layer] for layer in calibration.layers()]
     assert roles == ["full", "selection", "sparse", "selection", "sparse", "sparse"]
-    assert state.plan.roles == dict(enumerate(roles))
-    assert state.selection == Selection(32, 256, 32, 0)
+    assert state.rule == SelectionRule(page_size=32, recent_pages=1, sink_pages=0)
     calibration.use({"policy": "oracle", "budget_tokens": 128})
     assert state.config == dataclasses.replace(start, policy="oracle", budget_tokens=128)
-    assert [impl.role for impl in calibration._impls.values()] == ["full"] * 2 + ["sparse"] * 4
-    assert state.selection == Selection(16, 128, 32, 16)
+    assert list(state.plan.roles.values()) == ["full"] * 2 + ["sparse"] * 4
+    assert state.rule == SelectionRule(page_size=16, recent_pages=2, sink_pages=1)
     with pytest.raises(ValueError, match="action must be one of layers, use"):
         calibration.call("_observe")
 
@@ -185,37 +232,109 @@ def test_divergence_of_the_likeliest_tokens(monkeypatch):
     [
         (["--delta", '{"pages": 1}'], "delta.pages is not a setting"),
         (["--budget-tokens", "100"], "delta.budget_tokens must be a multiple of delta.page_size"),
+        (["--budget-tokens", str(2**62)], "delta.budget_tokens must be an integer of at least 1 and at most"),
         (["--engine", "[1]"], "invalid json_object value"),
-        (["--engine", '{"pipeline_parallel_size": 2}'], "does not serve pipeline parallelism"),
+        (["--engine", '{"pipeline_parallel_size": 2}'], "does not support pipeline parallelism"),
         (["--selection-layers", "0"], "the other numbers are 1 or more"),
+        (["--out", "{}/no/such/folder/x.json"], "--out: there is no folder {}/no/such/folder"),
+        (["--out", "{}"], "--out: {} is a folder, not a file"),
+        (["--out", "{}/read only/x.json"], "--out: {}/read only/x.json cannot be written"),
+        (["--picture", "{}/x.jpeg"], "--picture: {}/x.jpeg must end in .svg or .png"),
+        (["--picture", "{}/missing/x.svg"], "--picture: there is no folder {}/missing"),
+        (["--prompts", "{}/missing"], "--prompts: {}/missing: No such file or directory"),
+        (["--prompts", "{}"], "--prompts: {}: Is a directory"),
+        (["--prompts", "{}/binary"], "--prompts: {}/binary is no text"),
+        (["--prompts", "{}/empty"], "--prompts: {}/empty has no prompt"),
+        (["--prompts", "{}/half"], "{}/half, line 2: "),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_options_are_refused(options, message, capsys):
-    from vllm_delta.cli import parse_arguments
+def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "read only").mkdir()
+    (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "half").write_text('a question\n{"prompt": "cut off\n')
+    may_write = os.access
+    monkeypatch.setattr(  # root may write everywhere
+        os, "access", lambda path, mode: "read only" not in str(path) and may_write(path, mode)
+    )
+    with pytest.raises(SystemExit) as error:
+        parse_arguments(["calibrate", "model", *(option.replace("{}", str(tmp_path)) for option in options)])
+    assert error.value.code == 2
+    assert message.replace("{}", str(tmp_path)) in capsys.readouterr().err
 
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        parse_arguments(["calibrate", "model", *options])
-    assert message in capsys.readouterr().err
+        parse_arguments(["calibrate", "model", "--picture", str(tmp_path / "x.svg")])
+    assert "--picture takes matplotlib, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "message"),
+    [
+        ("no/such/model", {}, "no/such/model cannot be loaded: "),
+        (None, {"no_such_argument": 1}, "cannot be loaded: "),
+        (None, {"dtype": "float12"}, "cannot be loaded: "),
+    ],
+    ids=["model", "argument", "value"],
+)
+def test_a_wrong_model_is_one_sentence(tiny_model, tmp_path, model, engine, message):
+    """Without a traceback, and before an engine starts."""
+    command = [sys.executable, "-m", "vllm_delta.cli", "calibrate", str(model or tiny_model)]
+    command += ["--engine", json.dumps(engine), "--out", str(tmp_path / "out.json")]
+    result = subprocess.run(command, capture_output=True, text=True, env=OFFLINE, check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("vllm-delta calibrate: ") and message in last
+    assert "Traceback" not in result.stderr and "EngineCore" not in result.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_results_are_printed_before_they_are_written(tmp_path, capsys):
+    """A disk that is full by then takes the file, not the table."""
+    result = SimpleNamespace(settings=lambda: {"delta": {}})
+    arguments = SimpleNamespace(out=tmp_path / "missing" / "x.json", picture=None)
+    with pytest.raises(CalibrationError, match=r"x\.json: No such file or directory"):
+        calibrate_command._write(arguments, result)
 
 
 def test_prompts_are_read(tmp_path):
-    from vllm_delta.calibration.engine import CalibrationError, read_prompts
-
     path = tmp_path / "prompts"
     path.write_text('one two\n\n{"prompt": "three"}\n{"prompt_token_ids": [4]}\n')
     plain = [{"prompt": "three"}, {"prompt_token_ids": [4]}]
-    assert read_prompts(path, None) == [{"prompt": "one two"}, *plain]
+    entries = read_prompts(path)
+    assert render(entries, None) == [{"prompt": "one two"}, *plain]
     seen = []
-    assert read_prompts(path, lambda chat: seen.append(chat) or [7]) == [{"prompt_token_ids": [7]}, *plain]
+    rendered = render(entries, lambda chat: seen.append(chat) or [7])
+    assert rendered == [{"prompt_token_ids": [7]}, *plain]
     assert seen == [[{"role": "user", "content": "one two"}]]
-    for text, message in (
-        ('{"messages": []}', "line 1: this model has no chat template"),
-        ('{"text": ""}', "line 1: neither"),
-        ("", "has no prompt"),
-    ):
-        path.write_text(text)
-        with pytest.raises(CalibrationError, match=message):
-            read_prompts(path, None)
+
+
+def refuse(messages):
+    raise KeyError("role")
+
+
+@pytest.mark.parametrize(
+    ("text", "chat", "message"),
+    [
+        ('{"messages": []}', None, "line 1: this model has no chat template"),
+        ('{"messages": [{}]}', refuse, "line 1: the chat template refuses these messages: 'role'"),
+        ('{"messages": "hello"}', None, 'line 1: "messages" must be a list of messages'),
+        ('{"text": ""}', None, "line 1: neither"),
+        ('{"prompt": 3}', None, 'line 1: "prompt" must be a text'),
+        ('{"prompt_token_ids": ["a"]}', None, 'line 1: "prompt_token_ids" must be a list of numbers'),
+        ("ok\n{broken", None, "line 2: "),
+        ("", None, "has no prompt"),
+    ],
+)
+def test_wrong_prompts_are_refused(tmp_path, text, chat, message):
+    path = tmp_path / "prompts"
+    path.write_text(text)
+    with pytest.raises(CalibrationError, match=message):
+        render(read_prompts(path), chat)
 
 
 PLANS = [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 4), (0, 3)]
@@ -234,10 +353,9 @@ def random_prompts(count):
 
 def measure(model):
     """Answers, and what each plan loses along each of them; mass on the pages of earlier layers."""
-    from vllm_delta.calibration.engine import Engine
-    from vllm_delta.config import DeltaConfig
+    from vllm_delta.calibration.engine import Engine, Model
 
-    engine = Engine(str(model), DeltaConfig(**SETTINGS), 2 * BUDGET, 400, ENGINE)
+    engine = Engine(Model(str(model), ENGINE), DeltaConfig(**SETTINGS), 2 * BUDGET, 400)
     try:
         answers = engine.answer(random_prompts(2), 40, 25)
         observed = engine.record(answers, 8, lambda: None)
@@ -301,14 +419,15 @@ def calibrate(folder, prompts):
     """The command, then an engine that finds the file beside the model; its settings and counters."""
     from engines import start_engine
 
-    from vllm_delta import cli
+    from vllm_delta.cli.main import parse_arguments
 
     settings = json.dumps({"recent_tokens": 32, "sink_tokens": 16})
     # With as long prompts as it takes by default, the model has too few positions.
     sizes = f"--budget-tokens {BUDGET} --output-tokens 40 --scored-tokens 16"
     command = ["calibrate", str(folder), "--prompts", str(prompts), *sizes.split(), "--full-layers", "1"]
     command += ["--selection-layers", "2", "--delta", settings, "--engine", json.dumps(ENGINE)]
-    status = cli.calibrate(cli.parse_arguments([*command, "--picture", str(folder / "picture.svg")]))
+    arguments = parse_arguments([*command, "--picture", str(folder / "picture.svg")])
+    status = arguments.run(arguments)
     with start_engine(folder, "DELTA", {**SETTINGS}, max_model_len=512) as engine:
         engine.generate([prompt["prompt_token_ids"] for prompt in random_prompts(2)], 8)
         return status, engine.llm.llm_engine.vllm_config.additional_config, engine.counters()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_delta.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 
 
 def parse(settings):

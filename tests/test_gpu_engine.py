@@ -320,7 +320,7 @@ def test_two_gpus(models):
 def losses_of_plans(model):
     """Answers along which a calibration scores the last tokens, and what plans lose along them."""
     from vllm_delta.calibration.engine import Engine
-    from vllm_delta.config import DeltaConfig
+    from vllm_delta.method.config import DeltaConfig
 
     budget = {name: SMALL[name] for name in ("budget_tokens", "recent_tokens", "sink_tokens")}
     options = FINE | {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}

@@ -1,116 +1,44 @@
-"""The Triton kernels against the reference: in Triton's interpreter without a GPU, compiled with one."""
+"""The Triton kernels beside the contract: in Triton's interpreter without a GPU, compiled with one."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
 import torch
-from gpu_cases import DEVICE, Batch, Case, eager_error, expect, expect_sparse
+from contract import NAN, Batch, Case, Results, check
+from gpu_batch import DEVICE, DTYPE, POISON, GPUBatch
+from implementations import IMPLEMENTATIONS
 
-from vllm_delta import reference
-from vllm_delta.gpu import ops
-from vllm_delta.gpu.l2 import set_aside_l2
-from vllm_delta.gpu.tuning import MIN_TILE, Tuning, choose_tuning
-from vllm_delta.integration import validation
+from vllm_delta.kernels.gpu import ops, schedule, scores, workspace
+from vllm_delta.kernels.gpu.device import SideStream
+from vllm_delta.kernels.gpu.l2 import set_aside_l2
+from vllm_delta.kernels.gpu.layer import LayerShape
+from vllm_delta.kernels.gpu.select import select_pages
+from vllm_delta.kernels.gpu.tuning import MIN_TILE, Tuning, choose_tuning
+from vllm_delta.kernels.gpu.workspace import SELECTION_WIDTH
+from vllm_delta.kernels.types import SelectionTable
+from vllm_delta.method import reference
+from vllm_delta.method.rows import ALL_PAGES, DecodeRows, SelectionRule
 
-MIXED = (1, 300, 0, 64, 65, 17, 129)
-
-CASES = {
-    "mixed lengths": Case(MIXED),
-    "float16": Case(MIXED, dtype=torch.float16),
-    "one row": Case((500,), budget_tokens=128),
-    "one kv head per head": Case((130, 260), num_heads=3, num_kv_heads=3),
-    "16 heads a kv head": Case((130, 260), num_heads=16, num_kv_heads=1),
-    "7 heads a kv head": Case((130, 260), num_heads=14, num_kv_heads=2, head_size=128),
-    "head size 96": Case((200, 77), head_size=96),
-    "head size 192": Case((200, 77), head_size=192),
-    "head size 256": Case((200, 77), head_size=256),
-    "page 1": Case((200, 64, 65), page_size=1, recent_tokens=5, sink_tokens=3),
-    "page 8": Case((200, 64, 65), page_size=8),
-    "page 32 in 32": Case(
-        (400, 129), page_size=32, block_size=32, budget_tokens=128, recent_tokens=32, sink_tokens=0
-    ),
-    "page 16 in 64": Case((400, 129), block_size=64),
-    "page 128": Case(
-        (900, 129), page_size=128, block_size=128, budget_tokens=512, recent_tokens=128, sink_tokens=128
-    ),
-    "recent only": Case((400,), recent_tokens=64, sink_tokens=0),
-    "budget of forced pages": Case((400,), recent_tokens=32, sink_tokens=32),
-    "soft cap": Case((200, 90), softcap=5.0),
-    "sinks": Case((200, 90), sinks=True),
-    "fp8 cache": Case((200, 90), fp8=True),
-    "a prompt's last token": Case((200, 150), dense_rows=(1,)),
-    "no room for logits": Case(MIXED, logit_tokens=0),
-    "room for some logits": Case((300, 300, 300), logit_tokens=600),
-    "no room, fp8, soft cap": Case((200, 90), fp8=True, softcap=5.0, logit_tokens=0),
-}
+TRITON = IMPLEMENTATIONS["triton"]
 
 
-def check_batch(batch: Batch) -> None:
-    """A selection and a sparse layer, every row; raises AssertionError with the row."""
-    case = batch.case
-    batch.make_schedule()
-    whole_cache = batch.kv_cache.clone()
-    logits = batch.workspace.logits.clone()
-    alone, alone_counts = batch.run(full=True, append=not case.fp8)
-    assert torch.equal(batch.workspace.logits, logits), "a full layer stored logits"
-    full, full_counts = batch.run(append=not case.fp8)
-    assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
-    assert torch.equal(alone.nan_to_num(9), full.nan_to_num(9)) and torch.equal(alone_counts, full_counts)
-    sparse, sparse_counts = batch.run(sparse=True)
-    from_pages, _ = batch.run(sparse=True, same_blocks=False, append=not case.fp8)
-    assert case.fp8 or torch.equal(batch.kv_cache, whole_cache)
-    assert torch.equal(sparse.nan_to_num(9), from_pages.nan_to_num(9))
-    assert not bool(batch.workspace.arrived.any())
-    attended = 0
-    for row, length in enumerate(case.lengths):
-        if length == 0:
-            continue
-        token = int(batch.rows.tokens[row])
-        exact = expect(batch, row)
-        tolerance = 2 * eager_error(batch, row, exact.full) + 2e-3 * exact.full.abs().max().item()
-        assert (full[token].double() - exact.full).abs().max() <= tolerance, f"row {row}"
-        pages = batch.kept(row)
-        attended += int((reference.kept_tokens(pages, case.page_size, length) >= 0).sum())
-        if row not in case.dense_rows:
-            check_selection(pages, exact.scores.cpu(), exact.pages.cpu(), row)
-        expected = expect_sparse(batch, row, pages)
-        assert (sparse[token].double() - expected).abs().max() <= tolerance, f"row {row}"
-    written = torch.zeros(len(full), dtype=torch.bool)
-    written[[int(batch.rows.tokens[row]) for row, length in enumerate(case.lengths) if length]] = True
-    for output in (full, sparse):
-        assert bool(output[written].isfinite().all()), "not everything was written"
-        assert bool(output[~written].isnan().all()), "padding was written"
-    real = [length for length in case.lengths if length]
-    assert full_counts[:3].tolist() == [len(real), sum(real), sum(real)]
-    assert sparse_counts[:3].tolist() == [len(real), attended, sum(real)]
-    budget_pages = batch.selection.budget_pages
-    within = [-(-length // case.page_size) <= budget_pages for length in case.lengths]
-    short = [
-        row for row, fits in enumerate(within) if fits and case.lengths[row] and row not in case.dense_rows
-    ]
-    assert sparse_counts[3:].tolist() == [len(case.dense_rows), len(short)]
+@contextmanager
+def stand_in(multiprocessors: int):
+    """A GPU of so many multiprocessors."""
+    with ExitStack() as stack:
+        for module in (ops, schedule, scores, workspace):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
+        yield
 
 
-def check_selection(pages: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor, row: int) -> None:
-    """The same pages, but for those whose scores differ by less than the logits are rounded."""
-    assert bool((pages.diff() > 0).all()), f"row {row}: pages are not ascending"
-    if torch.equal(pages, expected):
-        return
-    assert len(pages) == len(expected), f"row {row}"
-    chosen, missed = set(pages.tolist()), set(expected.tolist())
-    extra, missing = sorted(chosen - missed), sorted(missed - chosen)
-    gap = scores[missing].max() - scores[extra].min()
-    # Either score may be off by 0.035%, where all of a page's tokens are 2^-7 of their tile's largest.
-    assert gap <= 7e-4 * scores[missing].max(), f"row {row}: {extra} kept in place of {missing}, {gap} worse"
-
-
-def test_page_sizes_are_those_that_settings_may_name() -> None:
-    assert validation.GPU_PAGE_SIZES == ops.PAGE_SIZES
+def check_case(case: Case) -> None:
+    batch = Batch.random(case)
+    check(batch, TRITON.run(batch), TRITON.precision)
 
 
 def test_tiles_fit_the_shared_memory() -> None:
@@ -147,44 +75,52 @@ def test_rows_are_whole_where_they_fill_the_gpu() -> None:
 
 
 def test_full_layers_of_few_rows_are_run() -> None:
-    def most(shape: ops.LayerShape, itemsize: int = 2, *, hopper: bool = True) -> int:
-        with (
-            mock.patch.object(ops, "_has_dependent_launch", lambda device: hopper),
-            mock.patch.object(ops, "_multiprocessors", lambda device: 132),
-        ):
+    def most(shape: LayerShape, itemsize: int = 2, *, hopper: bool = True) -> int:
+        with stand_in(132), mock.patch.object(ops, "has_dependent_launch", lambda device: hopper):
             return ops.most_full_rows(shape, itemsize, torch.device(DEVICE))
 
-    shape = ops.LayerShape(28, 4, 128)
+    shape = LayerShape(28, 4, 128)
     assert most(shape) == 16
-    assert most(ops.LayerShape(12, 2, 128)) == 33
+    assert most(LayerShape(12, 2, 128)) == 33
     assert most(dataclasses.replace(shape, quantized=True)) == 0
     for not_measured in (most(dataclasses.replace(shape, head_size=64)), most(shape, 4)):
         assert not_measured == 0
     assert most(shape, hopper=False) == 0
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_layers_equal_reference(name: str) -> None:
-    check_batch(Batch(CASES[name]))
-
-
 @pytest.mark.parametrize("multiprocessors", [11, 6])
 @pytest.mark.parametrize(
-    "options", [{"dense_rows": (1,)}, {"sinks": True, "softcap": 5.0}, {"page_size": 1}], ids=str
+    "options",
+    [
+        {"kept_pages": (32, ALL_PAGES, 32, 32, 32)},
+        {"sinks": True, "softcap": 5.0},
+        {"page_size": 1, "kept_pages": 512},
+        {"recent_pages": 0},
+    ],
+    ids=str,
 )
 def test_whole_rows(multiprocessors: int, options: dict) -> None:
     """Rows that fill a GPU of so many multiprocessors, but for those that are much longer than others."""
-    lengths = (100, 700, 90, 0, 120)
-    case = Case(lengths, head_size=128, budget_tokens=512, **options)
-    with mock.patch.object(ops, "_multiprocessors", lambda device: multiprocessors):
-        batch = Batch(case)
-        assert ops._tunings(batch.shape, 2, len(lengths), torch.device(DEVICE))[1].whole
-        check_batch(batch)
-    pieces = batch.schedule.row_pieces[1, :, 1].tolist()
-    assert 1 in pieces and max(pieces) > 1, "rows of one piece and of several"
+    case = Case((100, 700, 90, 0, 120), head_size=128, dtype=DTYPE, **{"kept_pages": 32, **options})
+    with stand_in(multiprocessors):
+        gpu = GPUBatch(Batch.random(case))
+        assert schedule.tunings(gpu.shape, 2, len(case.lengths), torch.device(DEVICE))[1].whole
+        gpu.make_schedule()
+        check_case(case)
+    splits = gpu.schedule.row_splits[1, :, 1].tolist()
+    assert 1 in splits and max(splits) > 1, "rows of one split and of several"
 
 
-class MainStream(ops.SideStream):
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("lengths", [(500, 497, 40, 17), (129, 300, 0, 16)])
+def test_the_last_page_may_be_left_out(lengths: tuple[int, ...], sinks: bool) -> None:
+    """Without recent pages: what is kept ends in a whole page, or in the row's last one, which is partial."""
+    options = {"page_size": 16, "recent_pages": 0, "sink_pages": 0, "sinks": sinks, "dtype": DTYPE}
+    for kept_pages in (1, 3, 8):
+        check_case(Case(lengths, kept_pages=kept_pages, seed=kept_pages, **options))
+
+
+class MainStream(SideStream):
     """Stands in for a side stream where there is no GPU."""
 
     def __init__(self) -> None:
@@ -198,19 +134,20 @@ class MainStream(ops.SideStream):
 
 @pytest.mark.parametrize("logit_tokens", [1 << 16, 600, 0])
 def test_a_side_stream_chooses_the_same_pages(logit_tokens: int) -> None:
-    side = MainStream() if DEVICE == "cpu" else ops.SideStream(torch.device(DEVICE))
-    batch = Batch(Case((300, 40, 300, 0, 300), logit_tokens=logit_tokens))
+    side = MainStream() if DEVICE == "cpu" else SideStream(torch.device(DEVICE))
+    batch = GPUBatch(Batch.random(Case((300, 40, 300, 0, 300), logit_tokens=logit_tokens, dtype=DTYPE)))
     batch.make_schedule()
-    expected, _ = batch.run()
-    kept = [batch.kept(row) for row in range(5)]
-    batch.table.pages.fill_(1 << 30)
-    output, _ = batch.run(side=side)
+    expected, _ = batch.run("selection")
+    kept = batch.pages()
+    batch.poison_table()
+    output, _ = batch.run("selection", side=side)
     if isinstance(side, MainStream):
         assert side.forks == 1
     else:
         assert side.join() and not side.join()
     assert torch.equal(output.nan_to_num(9), expected.nan_to_num(9))
-    assert all(torch.equal(batch.kept(row), pages) for row, pages in enumerate(kept))
+    for pages, others in zip(batch.pages(), kept, strict=True):
+        assert pages is others is None or torch.equal(pages, others)
 
 
 @pytest.mark.gpu
@@ -225,15 +162,15 @@ def test_part_of_the_l2_cache_is_set_aside() -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
     """As in vLLM's dummy runs, whose block table may name blocks that are in use."""
-    batch = Batch(Case((200, 40, 97)))
+    batch = GPUBatch(Batch.random(Case((200, 40, 97), dtype=DTYPE)))
     batch.make_schedule()
-    batch.run()
+    batch.run("selection")
     keys, values, slots = batch.take_last_tokens()
     slots[batch.rows.tokens[1]] = -1
     before = batch.kv_cache.clone()
     inputs = dataclasses.replace(batch.inputs, appended=(keys, values, slots))
     output, counters = torch.empty_like(batch.query), torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    arguments = inputs, batch.workspace, batch.selection, counters, output, batch.table
+    arguments = inputs, batch.workspace, counters, output, batch.table
     if sparse:
         ops.sparse_attention(*arguments, same_blocks=True)
     else:
@@ -248,27 +185,32 @@ def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
         assert torch.equal(stored_keys, keys[token]) and torch.equal(stored_values, values[token])
 
 
-@pytest.mark.parametrize("num_pages", [4, 5, 300, 2049, 5000, 9000])
+@pytest.mark.parametrize("num_pages", [5, 300, 2049, 5000, 9000])
 def test_select_pages(num_pages: int) -> None:
     """Also rows of which too many pages are left when they are thinned out: of 9000 with ties, a third."""
     generator = torch.Generator().manual_seed(num_pages)
-    rows = 3
-    scores = torch.rand(rows, num_pages, generator=generator)
-    scores[1] = torch.randint(3, (num_pages,), generator=generator) / 4  # ties, zeros among them
-    scores[2] *= 1e-30
-    selection = ops.Selection(page_size=16, budget_tokens=64, recent_tokens=16, sink_tokens=16)
+    rows, kept_pages = 5, [4, 3, 4, ALL_PAGES, 2]
+    page_scores = torch.rand(rows, num_pages, generator=generator)
+    page_scores[1] = torch.randint(3, (num_pages,), generator=generator) / 4  # ties, zeros among them
+    page_scores[2] *= 1e-30
     lengths = torch.full((rows,), num_pages * 16 - 3, dtype=torch.int32)
     index = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     blocks = -(-num_pages // 2)
     block_table = torch.randperm(rows * blocks, generator=generator).int().view(rows, -1)
-    table = ops.SelectionTable.allocate(rows, 4, DEVICE)
-    decode_rows = ops.DecodeRows(index, index, lengths.to(DEVICE), torch.zeros_like(index))
-    listed = torch.full((rows, ops.SELECT_CHUNK), 1 << 30, dtype=torch.int32, device=DEVICE)
-    ops.select_pages(scores.to(DEVICE), listed, decode_rows, block_table.to(DEVICE), 32, selection, table)
-    for row in range(rows):
-        expected = reference.select_pages(scores[row], 4, 1, 1)
-        assert table.pages[row].tolist() == expected.tolist()
-        assert table.frames[row].tolist() == (block_table[row][expected // 2] * 2 + expected % 2).tolist()
+    table = SelectionTable.allocate(rows, 4, DEVICE, frames=True)
+    table.pages.fill_(POISON)
+    decode_rows = DecodeRows(index, index, lengths.to(DEVICE), torch.tensor(kept_pages).int().to(DEVICE))
+    listed = torch.full((rows, SELECTION_WIDTH), POISON, dtype=torch.int32, device=DEVICE)
+    rule = SelectionRule(page_size=16, recent_pages=1, sink_pages=1)
+    select_pages(page_scores.to(DEVICE), listed, decode_rows, block_table.to(DEVICE), 32, rule, table)
+    for row, kept in enumerate(kept_pages):
+        expected = reference.select_pages(page_scores[row], kept, 1, 1)
+        if kept == ALL_PAGES:
+            assert table.pages[row].tolist() == [POISON] * 4
+            continue
+        assert table.pages[row].tolist() == [*expected.tolist(), *[POISON] * (4 - kept)]
+        frames = block_table[row][expected // 2] * 2 + expected % 2
+        assert table.frames[row, :kept].tolist() == frames.tolist()
 
 
 def test_programs_fill_whole_waves() -> None:
@@ -284,24 +226,25 @@ def test_programs_fill_whole_waves() -> None:
 
 @pytest.mark.parametrize("lengths", [(1,), (5000,), (0, 0, 7), (4000, *[1] * 40), tuple(range(0, 3000, 131))])
 def test_schedule_covers_every_token_once(lengths: tuple[int, ...]) -> None:
-    batch = Batch(Case(lengths, num_heads=1, num_kv_heads=1, head_size=16))
+    case = Case(lengths, num_heads=1, num_kv_heads=1, head_size=16, dtype=DTYPE)
+    batch = GPUBatch(Batch.random(case))
     batch.make_schedule()
-    kept = [_kept_length(length, batch.selection) for length in lengths]
+    kept = [length - max(0, -(-length // 16) - 4) * 16 for length in lengths]
     for sparse, tokens in enumerate((list(lengths), kept)):
-        pieces = batch.schedule.pieces[sparse].tolist()
-        row_pieces = batch.schedule.row_pieces[sparse].tolist()
+        records = batch.schedule.splits[sparse].tolist()
+        of_rows = batch.schedule.row_splits[sparse].tolist()
         covered = [0] * len(lengths)
-        for index, (row, begin, end, *_) in enumerate(pieces):
+        for index, (row, begin, end, *_) in enumerate(records):
             if row < 0:
                 continue
-            first, count = row_pieces[row][:2]
+            first, count = of_rows[row][:2]
             assert first <= index < first + count
-            assert begin == covered[row] < end, "pieces of a row follow one another and are not empty"
+            assert begin == covered[row] < end, "splits of a row follow one another and are not empty"
             covered[row] = end
         assert covered == tokens
-    tuning, _ = ops._tunings(batch.shape, 2, len(lengths), torch.device(DEVICE))
-    programs = ops._programs(len(lengths), 1, tuning, torch.device(DEVICE))
-    used = [piece for piece in batch.schedule.pieces[0].tolist() if piece[0] >= 0]
+    tuning, _ = schedule.tunings(batch.shape, 2, len(lengths), torch.device(DEVICE))
+    programs = schedule.programs(len(lengths), 1, tuning, torch.device(DEVICE))
+    used = [record for record in batch.schedule.splits[0].tolist() if record[0] >= 0]
     assert len(used) <= programs + sum(map(bool, lengths))
     if len(lengths) < programs:
         tiles = sum(-(-length // 128) for length in lengths)
@@ -314,9 +257,33 @@ def test_schedule_covers_every_token_once(lengths: tuple[int, ...]) -> None:
     ]
 
 
-def _kept_length(length: int, selection: ops.Selection) -> int:
-    pages = -(-length // selection.page_size)
-    return length - max(0, pages - selection.budget_pages) * selection.page_size
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": SelectionRule(48, 1, 1)}, "blocks of 16 tokens cannot hold pages of 48"),
+        ({"rule": SelectionRule(32, 1, 1)}, "blocks of 16 tokens cannot hold pages of 32"),
+        ({"query": torch.zeros(5, 4, 32, dtype=DTYPE)}, "4 heads of 32 does not fit a cache of 2 KV heads"),
+        ({"query": torch.zeros(5, 3, 64, dtype=DTYPE)}, "3 heads of 64 does not fit a cache of 2 KV heads"),
+        ({"query": torch.zeros(5, 64, 4, dtype=DTYPE).mT}, "must be contiguous in a head"),
+        ({"appended": (torch.zeros(5, 1, 64),) * 3}, "new keys and values must have 2 heads"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    batch = GPUBatch(Batch.random(Case((70, 40, 20), dtype=DTYPE)))
+    inputs = dataclasses.replace(batch.inputs, **change)
+    counters, output = torch.zeros(5, dtype=torch.int64, device=DEVICE), torch.empty_like(batch.query)
+    with pytest.raises(ValueError, match=message):
+        ops.full_attention(inputs, batch.workspace, counters, output)
+
+
+def test_too_many_rows_are_refused() -> None:
+    few, many = (GPUBatch(Batch.random(Case((70,) * count, dtype=DTYPE))) for count in (2, 3))
+    counters, output = torch.zeros(5, dtype=torch.int64, device=DEVICE), torch.empty_like(many.query)
+    with pytest.raises(ValueError, match="3 rows are more than the workspace's 2"):
+        ops.full_attention(many.inputs, few.workspace, counters, output)
+    with pytest.raises(ValueError, match="2 rows for 3"):
+        ops.selection_attention(many.inputs, many.workspace, counters, output, few.table)
 
 
 # KV heads, query heads of each, head size, page size, pages of a block, type
@@ -338,8 +305,8 @@ SHAPES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 def test_random_batches(index: int) -> None:
-    """1,000 batches in all, of 1 to 20k tokens, mixed and padded."""
-    kv_heads, group, head_size, page_size, pages_per_block, dtype = SHAPES[index]
+    """1,000 batches in all, of 1 to 20k tokens, mixed and padded, with a budget for each row."""
+    kv_heads, queries, head_size, page_size, pages_per_block, dtype = SHAPES[index]
     generator = torch.Generator().manual_seed(index)
 
     def pick(*choices: int) -> int:
@@ -349,71 +316,119 @@ def test_random_batches(index: int) -> None:
         exponents = torch.rand(pick(1, 2, 3, 5, 8, 16), generator=generator) * 4.301
         lengths = [0 if pick(0, 1, 1, 1, 1) == 0 else int(10**exponent) for exponent in exponents.tolist()]
         lengths[0] = max(lengths[0], 1)
-        recent = max(page_size, pick(32, 128))
+        recent, sink = pick(0, 1, max(1, 128 // page_size)), pick(0, 1)
+        budgets = [max(3 + recent, tokens // page_size) for tokens in (256, 1024, 2048)]
         case = Case(
             tuple(lengths),
-            num_heads=kv_heads * group,
+            num_heads=kv_heads * queries,
             num_kv_heads=kv_heads,
             head_size=head_size,
             page_size=page_size,
             block_size=page_size * pages_per_block,
-            budget_tokens=max(3 * page_size, pick(256, 1024, 2048)),
-            recent_tokens=recent,
-            sink_tokens=pick(0, page_size),
+            kept_pages=tuple(pick(*budgets, ALL_PAGES) for _ in lengths),
+            recent_pages=recent,
+            sink_pages=sink,
             dtype=dtype,
-            dense_rows=(0,) if pick(0, 0, 0, 1) else (),
             logit_tokens=pick(0, 1 << 13, 1 << 19, 1 << 19),
             seed=seed,
         )
         try:
-            check_batch(Batch(case))
+            check_case(case)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
 
 
+class Captured:
+    """A graph of a full, a selection and a sparse layer, captured for one batch and replayed over others."""
+
+    def __init__(self, first: Batch, side: SideStream | None = None) -> None:
+        self.gpu = gpu = GPUBatch(first)
+        self.capacity = first.kv_cache.shape[0]
+        gpu.make_schedule()
+        for kind in ("full", "selection"):
+            gpu.run(kind)
+        size = gpu.query.shape
+        self.outputs = [torch.full(size, NAN, dtype=first.case.dtype, device=DEVICE) for _ in range(3)]
+        self.counters = torch.zeros(3, 5, dtype=torch.int64, device=DEVICE)
+        self.graph = torch.cuda.CUDAGraph()
+        arguments = gpu.inputs, gpu.workspace
+        launches = torch.zeros(1, device=DEVICE)
+        with torch.cuda.graph(self.graph):
+            gpu.make_schedule()
+            ops.full_attention(*arguments, self.counters[0], self.outputs[0], just_scheduled=True)
+            launches.add_(1)  # a launch between layers, as there is in a model
+            ops.selection_attention(*arguments, self.counters[1], self.outputs[1], gpu.table, side=side)
+            launches.add_(1)
+            joined = side is not None and side.join()
+            ops.sparse_attention(
+                *arguments,
+                self.counters[2],
+                self.outputs[2],
+                gpu.table,
+                same_blocks=True,
+                just_scheduled=joined,
+            )
+
+    def replay(self, batch: Batch) -> Results:
+        """What the graph gives for another batch of as many rows, and blocks or fewer."""
+        gpu = self.gpu
+        gpu.case = batch.case
+        blocks, width = batch.kv_cache.shape[0], batch.block_table.shape[1]
+        gpu.kv_cache[:blocks].copy_(batch.kv_cache.to(DEVICE))
+        gpu.block_table[:, :width].copy_(batch.block_table)
+        gpu.query.copy_(batch.query)
+        for part in dataclasses.fields(DecodeRows):
+            getattr(gpu.rows, part.name).copy_(getattr(batch.rows, part.name))
+        for output in self.outputs:
+            output.fill_(NAN)
+        self.counters.zero_()
+        gpu.poison_table()
+        self.graph.replay()
+        counters = self.counters.tolist()
+        return Results(
+            *(output.cpu() for output in self.outputs), gpu.pages(), *(counts[:3] for counts in counters)
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("beside", [False, True])
-def test_captured_graph_serves_other_batches(beside: bool) -> None:
-    """A graph captured for one batch, replayed over others of the same size, equals eager runs."""
-    side = ops.SideStream(torch.device(DEVICE)) if beside else None
-    lengths = [(3000, 17, 4096, 900), (0, 4096, 1, 2100), (5000, 5000, 0, 0)]
-    first = Batch(Case(tuple([5000] * 4), head_size=128, budget_tokens=512, logit_tokens=1 << 14))
-    first.make_schedule()
-    first.run()
-    output = torch.full_like(first.query, float("nan"))
-    counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    graph = torch.cuda.CUDAGraph()
-    arguments = first.inputs, first.workspace, first.selection, counters
-    sparse_output = output.clone()
-    full_output = output.clone()
-    with torch.cuda.graph(graph):
-        ops.full_attention(*arguments, full_output)
-        counters.add_(1)  # a launch between layers, as there is in a model
-        ops.selection_attention(*arguments, output, first.table, side=side)
-        counters.add_(1)
-        joined = side is not None and side.join()
-        ops.sparse_attention(*arguments, sparse_output, first.table, same_blocks=True, just_scheduled=joined)
-    for seed, other in enumerate(lengths):
-        case = dataclasses.replace(first.case, lengths=other, seed=seed)
-        batch = Batch(dataclasses.replace(case, lengths=(*other[:3], 5000)))  # the same sizes of buffers
-        batch.case = case
-        for name in ("query", "kv_cache", "block_table"):
-            getattr(first, name).copy_(getattr(batch, name))
-        for name in ("tokens", "requests", "dense"):
-            getattr(first.rows, name).copy_(getattr(batch.rows, name))
-        new = torch.tensor(other, dtype=torch.int32, device=DEVICE)
-        first.rows.lengths.copy_(new)
-        batch.rows.lengths.copy_(new)
-        first.make_schedule()
-        batch.make_schedule()
-        for result in (full_output, output, sparse_output):
-            result.fill_(float("nan"))
-        first.table.pages.fill_(1 << 30)
-        first.table.frames.fill_(1 << 30)
-        graph.replay()
-        full, _ = batch.run()
-        sparse, _ = batch.run(sparse=True)
-        for result in (full_output, output):
-            assert torch.equal(result.nan_to_num(9), full.nan_to_num(9))
-        assert torch.equal(sparse_output.nan_to_num(9), sparse.nan_to_num(9))
-        assert bool(output.isfinite().any())
+def test_captured_graph_runs_with_other_batches(beside: bool) -> None:
+    """A graph captured for one batch, replayed over others of as many rows."""
+    side = SideStream(torch.device(DEVICE)) if beside else None
+    case = Case((5000,) * 4, head_size=128, kept_pages=32, logit_tokens=1 << 14, dtype=DTYPE)
+    captured = Captured(Batch.random(case), side)
+    for seed, lengths in enumerate([(3000, 17, 4096, 900), (0, 4096, 1, 2100), (5000, 5000, 0, 0)]):
+        batch = Batch.random(dataclasses.replace(case, lengths=lengths, seed=seed))
+        check(batch, captured.replay(batch), TRITON.precision)
+
+
+#: 32 budgets, everything among them
+BUDGETS = tuple(ALL_PAGES if row == 5 else 3 + 4 * row for row in range(32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_budget_for_each_row_of_a_replayed_graph(beside: bool) -> None:
+    """32 rows with 32 budgets in one graph: each gets what it gets alone, and what its budget says."""
+    side = SideStream(torch.device(DEVICE)) if beside else None
+    lengths = tuple(600 + 97 * row for row in range(32))
+    case = Case((4000,) * 32, head_size=128, num_heads=8, kept_pages=128, dtype=DTYPE)
+    captured = Captured(Batch.random(case), side)
+    for seed, budgets in enumerate((BUDGETS, BUDGETS[::-1])):
+        batch = Batch.random(dataclasses.replace(case, lengths=lengths, kept_pages=budgets, seed=seed))
+        results = captured.replay(batch)
+        check(batch, results, TRITON.precision)
+        for row in range(32):
+            rows = dataclasses.replace(
+                batch.rows, lengths=torch.where(torch.arange(32) == row, batch.rows.lengths, 0)
+            )
+            only = dataclasses.replace(
+                case, lengths=tuple(rows.lengths.tolist()), kept_pages=budgets, seed=seed
+            )
+            alone = captured.replay(dataclasses.replace(batch, case=only, rows=rows))
+            token = int(batch.rows.tokens[row])
+            for together, by_itself in ((results.sparse, alone.sparse), (results.full, alone.full)):
+                torch.testing.assert_close(together[token], by_itself[token], atol=0.01, rtol=0.01)
+            if alone.pages[row] is not None:
+                shared = set(results.pages[row].tolist()) & set(alone.pages[row].tolist())
+                assert len(shared) >= len(alone.pages[row]) - 1, "but for one whose score is as good as equal"

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_delta.config import DeltaConfig, DeltaConfigError
-from vllm_delta.plan import PRESETS, Role, make_plan
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.plan import PRESETS, Role, make_plan
 
 
 def plan_of(num_layers, model=None, eligible=None, **settings):

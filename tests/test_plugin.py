@@ -15,7 +15,7 @@ from conftest import ONE_THREAD, ROOT, in_fresh_process
 
 from vllm_delta.integration import compat, plugin
 
-DELTA_WORKER = "vllm_delta.integration.worker.DeltaCPUWorker"
+DELTA_WORKER = "vllm_delta.integration.cpu.worker.DeltaCPUWorker"
 
 NO_PLUGINS = {"VLLM_PLUGINS": ""}
 
@@ -49,7 +49,7 @@ def selection(config):
 DELTA_SELECTED = {
     "backend": "DELTA",
     "worker": DELTA_WORKER,
-    "attention": "vllm_delta.integration.cpu.DeltaCPUBackend",
+    "attention": "vllm_delta.integration.cpu.backend.DeltaCPUBackend",
 }
 
 
@@ -156,7 +156,7 @@ def test_installing_changes_nothing_unless_selected(tiny_model):
     assert with_plugin.attributes == without.attributes
     assert with_plugin.selection == without.selection
     assert with_plugin.compile_hash == without.compile_hash
-    assert "vllm_delta.integration.cpu" not in with_plugin.modules
+    assert "vllm_delta.integration.cpu.backend" not in with_plugin.modules
     assert not with_plugin.libraries
 
 

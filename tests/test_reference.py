@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from vllm_delta import reference
+from vllm_delta.method import reference
+from vllm_delta.method.attention import AttentionParameters
+from vllm_delta.method.rows import ALL_PAGES, DecodeRows, SelectionRule
+
+
+def one_row(length, kept_pages=2):
+    """A row of one request and one token."""
+    return DecodeRows(*torch.tensor([[0], [0], [length], [kept_pages]], dtype=torch.int32))
 
 
 def test_page_scores_by_hand():
@@ -23,6 +30,7 @@ def test_page_scores_by_hand():
         ([1, 2, 3], 3, 1, 1, [0, 1, 2]),  # fits the budget
         ([1, 2], 3, 1, 1, [0, 1]),
         ([1, 5, 3, 2], 2, 0, 0, [1, 2]),
+        ([1, 5, 3, 2], ALL_PAGES, 1, 1, [0, 1, 2, 3]),
     ],
 )
 def test_select_pages_by_hand(scores, budget, recent, sink, kept):
@@ -43,7 +51,7 @@ def test_full_attention_equals_pytorch():
     table = torch.tensor([[7, 2, 5, 0, 8]])
     query = torch.randn(1, heads, head_size, dtype=torch.float64)
     output, _, _ = reference.selection_attention(
-        query, cache, table, [length], scale=0.3, page_size=16, budget_pages=2, recent_pages=1, sink_pages=1
+        query, cache, table, one_row(length), AttentionParameters(0.3), SelectionRule(16, 1, 1)
     )
     tokens = cache[table[0]].permute(1, 0, 2, 3).reshape(kv_heads, -1, 2 * head_size)[:, :length]
     keys, values = tokens.repeat_interleave(heads // kv_heads, dim=0).chunk(2, dim=-1)
@@ -59,7 +67,8 @@ def test_sparse_attention_equals_masked_attention():
     query = torch.randn(1, 4, 16, dtype=torch.float64)
     table = torch.randperm(8)[None]
     pages = [torch.tensor([0, 3, 9])]
-    output = reference.sparse_attention(query, cache, table, [150], pages, scale=0.25, page_size=16)
+    rule, parameters = SelectionRule(16, 0, 0), AttentionParameters(0.25)
+    output = reference.sparse_attention(query, cache, table, one_row(150), parameters, rule, pages)
     keys, values = reference.gather_sequence(cache, table[0], 150)
     mask = torch.zeros(150, dtype=torch.bool)
     mask[reference.kept_tokens(pages[0], 16, 150)] = True
@@ -75,5 +84,6 @@ def test_sparse_attention_equals_masked_attention():
 
 def test_sinks_take_probability_away():
     query, keys = torch.zeros(2, 16), torch.zeros(3, 1, 16)
-    probabilities = reference.attention_probabilities(query, keys, 1.0, sinks=torch.zeros(2))
+    parameters = AttentionParameters(1.0, sinks=torch.zeros(2))
+    probabilities = reference.attention_probabilities(query, keys, parameters)
     torch.testing.assert_close(probabilities, torch.full((2, 3), 0.25))

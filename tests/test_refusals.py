@@ -1,14 +1,16 @@
-"""What DELTA does not serve is refused before serving, with what is wrong and what is accepted."""
+"""What DELTA does not support is refused before serving, with what is wrong and what is accepted."""
 
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from server import vllm_command
 
-from vllm_delta.config import DeltaConfig, DeltaConfigError
 from vllm_delta.integration import validation
+from vllm_delta.kernels.limits import CPU, GPU
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 
 # Configuration files alone: nothing of these models is loaded.
 DEEPSEEK = {
@@ -83,6 +85,12 @@ def expect_refusal(build, *parts):
             ["delta.budget is not a setting", "accepted: full_layers, selection_layers, budget_tokens"],
         ),
         ({"budget_tokens": "128"}, ["delta.budget_tokens must be an integer of at least 1", "'128'"]),
+        ({"budget_tokens": 2**62}, ["delta.budget_tokens must be an integer", "at most 1073741824"]),
+        (
+            {"recall_sample_steps": 2**62},
+            ["delta.recall_sample_steps must be an integer", "at most 1073741824"],
+        ),
+        ({"page_size": 2**62}, ["delta.page_size must be an integer", "at most 1073741824"]),
         ({"full_layers": True}, ["delta.full_layers must be an integer", "True"]),
         (
             {"budget_tokens": 128, "recent_tokens": 128},
@@ -206,19 +214,28 @@ def test_nothing_is_checked_without_delta(engine_config, tiny_model):
 LAYER = {"attn_type": "decoder", "alibi_slopes": None, "kv_cache_dtype": "auto", "head_size": 64}
 
 
+@pytest.mark.parametrize("limits", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         ({"attn_type": "encoder_decoder"}, ["decoder models", "encoder_decoder"]),
         ({"alibi_slopes": [0.5]}, ["ALiBi", "accepted: RoPE"]),
-        ({"kv_cache_dtype": "fp8_e4m3"}, ["--kv-cache-dtype fp8_e4m3", "accepted: auto, bfloat16"]),
-        ({"head_size": 40}, ["head size", "multiple of 16, not 40"]),
+        ({"head_size": 36}, ["head size", "multiple of", "not 36"]),
+        ({"head_size": 1024}, ["head size", "at most", "not 1024"]),
     ],
-    ids=["cross-attention", "alibi", "fp8", "head-size"],
+    ids=["cross-attention", "alibi", "head size", "large head"],
 )
-def test_layers(change, parts):
-    validation.check_layer(**LAYER)
-    expect_refusal(lambda: validation.check_layer(**{**LAYER, **change}), *parts)
+def test_layers(change, parts, limits):
+    validation.check_layer(SimpleNamespace(**LAYER), limits)
+    expect_refusal(lambda: validation.check_layer(SimpleNamespace(**{**LAYER, **change}), limits), *parts)
+
+
+def test_cache_types_of_layers():
+    """FlashAttention's are checked by its own backend; the CPU's kernels read the model's type alone."""
+    impl = SimpleNamespace(**{**LAYER, "kv_cache_dtype": "fp8_e4m3"})
+    parts = "--kv-cache-dtype fp8_e4m3", "accepted: auto, bfloat16"
+    expect_refusal(lambda: validation.check_layer(impl, CPU), *parts)
+    validation.check_layer(impl, GPU)
 
 
 @pytest.mark.parametrize("isa", ["neon", "rvv", "vsx", "vxe"])
@@ -262,5 +279,5 @@ def test_serve_ends_with_the_message_of_a_layer(tiny_model, tmp_path):
         *["--attention-backend", "DELTA"],
     )
     assert result.returncode != 0
-    assert "DELTA does not serve models with ALiBi; accepted: RoPE" in result.stdout
+    assert "DELTA does not support models with ALiBi; accepted: RoPE" in result.stdout
     assert "Application startup complete" not in result.stdout

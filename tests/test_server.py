@@ -15,7 +15,7 @@ from demo_model import build_demo_model
 from engines import start_engine
 from server import Server, vllm_command
 
-from vllm_delta.counters import difference
+from vllm_delta.method.counters import difference
 
 SMALL_BUDGET = {"budget_tokens": 128, "recent_tokens": 32, "sink_tokens": 16}
 MAX_LENGTH = 2048

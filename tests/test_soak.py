@@ -18,7 +18,7 @@ import pytest
 from conftest import PRINTABLE
 from server import Server
 
-from vllm_delta.counters import difference
+from vllm_delta.method.counters import difference
 
 CLIENTS = 16
 MAX_LENGTH = 1024

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_delta.step import split_step
+from vllm_delta.method.step import split_step
 
 
 def split(requests):
@@ -14,11 +14,13 @@ def split(requests):
         torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32),
         torch.tensor([length for _, length, _ in requests], dtype=torch.int32),
         torch.tensor([prompt for _, _, prompt in requests], dtype=torch.int32),
+        torch.arange(len(requests), dtype=torch.int32) + 100,
     )
 
 
 def rows_of(step):
     rows = step.rows
+    assert rows.kept_pages.tolist() == (rows.requests + 100).tolist()
     return list(zip(rows.tokens.tolist(), rows.requests.tolist(), rows.lengths.tolist(), strict=True))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
-from vllm_delta.counters import total
+from vllm_delta.method.counters import total
 
 if TYPE_CHECKING:
     from openai import OpenAI

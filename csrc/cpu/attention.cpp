@@ -14,16 +14,16 @@
 //
 //   page score = sum of s[t] over the page's tokens
 //
-// Rows are processed in waves that fit the workspace. A wave has two loops, spread over all
+// Rows are processed in rounds that fit the workspace. A round has two loops, spread over all
 // threads:
-//   1. chunks of 512 tokens x KV heads: logits, then the chunk's maximum, sum and unnormalised
+//   1. splits of 512 tokens x KV heads: logits, then the split's maximum, sum and unnormalised
 //   output;
-//   2. whoever finishes the last chunk of a row and KV head combines the chunks of its query heads.
+//   2. whoever finishes the last split of a row and KV head combines the splits of its query heads.
 // and where a selection is wanted
-//   3. chunks: page scores from the stored logits (K is read once, in step 1);
-//   4. whoever finishes the last chunk of a row selects its pages.
-// Chunks are cut at fixed places and combined in order, so the result for a row has the same bits
-// in any batch and with any number of threads.
+//   3. splits: page scores from the stored logits (K is read once, in step 1);
+//   4. whoever finishes the last split of a row selects its pages.
+// Rows are cut at fixed places and their splits combined in order, so the result for a row has the
+// same bits in any batch and with any number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -40,84 +40,87 @@ constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Groups of 16 tokens in a chunk, and how many the widest loop handles at once.
-constexpr int64_t kChunkGroups = kChunkTokens / kLanes;
+// Vectors of 16 tokens in a split, and how many the widest loop handles at once.
+constexpr int64_t kSplitVectors = kSplitTokens / kLanes;
 constexpr int64_t kWidestLoop = 4;
 
-// What one row attends to, in units that the waves count in.
+// What one row attends to, in units that the rounds count in.
 struct Row {
   int64_t index;
   int64_t length;       // tokens that it sees
-  int64_t first_chunk;  // in the wave
-  int64_t num_chunks;
+  int64_t first_split;  // in the round
+  int64_t num_splits;
   int64_t scores_offset;  // in the workspace
-  bool selects;
+  bool reads_table;       // attends to the pages of the selection table alone
+  bool scores;            // its pages are scored
 };
 
 struct WorkItem {
-  int64_t row;  // in the wave
-  int64_t chunk;
+  int64_t row;  // in the round
+  int64_t split;
 };
 
 Row describe_row(const Problem& p, int64_t index) {
   Row row = {};
   row.index = index;
   row.length = p.row_lengths[index];
-  const int64_t attended = p.table_pages ? p.table_counts[index] * p.page_size : row.length;
-  row.num_chunks = ceil_div(attended, kChunkTokens);
-  row.selects = p.selected_pages && (p.scores_out || row.length > p.budget_pages * p.page_size);
+  row.reads_table = p.table_pages && !p.keeps_all(index);
+  const int64_t attended = row.reads_table ? p.row_kept_pages[index] * p.page_size : row.length;
+  row.num_splits = ceil_div(attended, kSplitTokens);
+  row.scores = p.selected_pages && (p.scores_out || !p.keeps_all(index));
   return row;
 }
 
-// The groups of one chunk of a row for one KV head, whose blocks start at `cache`; returns the
-// chunk's tokens. Only the last group may hold fewer than 16. Groups to be asked for in advance
+// The vectors of one split of a row for one KV head, whose blocks start at `cache`; returns the
+// split's tokens. Only the last vector may hold fewer than 16. Vectors to be asked for in advance
 // follow it: the last again.
 template <typename T>
-int64_t find_groups(const Problem& p, const Row& row, int64_t chunk, const T* cache,
-                    Group<T>* groups) {
+int64_t find_vectors(const Problem& p, const Row& row, int64_t split, const T* cache,
+                     TokenVector<T>* vectors) {
   const int32_t* blocks = p.block_table + p.row_requests[row.index] * p.block_table_stride;
   int64_t tokens = 0;
   const auto append = [&](int64_t first, int64_t count) {
     for (int64_t token = first; token < first + count; token += kLanes) {
       const T* block = cache + blocks[token / p.block_size] * p.cache_block_stride;
-      groups[tokens / kLanes + (token - first) / kLanes] = {block, token % p.block_size};
+      vectors[tokens / kLanes + (token - first) / kLanes] = {block, token % p.block_size};
     }
     tokens += count;
   };
-  if (p.table_pages) {
+  if (row.reads_table) {
     const int32_t* pages = p.table_pages + row.index * p.table_stride;
-    const int64_t pages_per_chunk = kChunkTokens / p.page_size;
-    const int64_t end = std::min<int64_t>(p.table_counts[row.index], (chunk + 1) * pages_per_chunk);
-    for (int64_t i = chunk * pages_per_chunk; i < end; ++i) {
+    const int64_t pages_per_split = kSplitTokens / p.page_size;
+    const int64_t end =
+        std::min<int64_t>(p.row_kept_pages[row.index], (split + 1) * pages_per_split);
+    for (int64_t i = split * pages_per_split; i < end; ++i) {
       const int64_t first = pages[i] * p.page_size;
       append(first, std::min(p.page_size, row.length - first));
     }
   } else {
-    const int64_t first = chunk * kChunkTokens;
-    append(first, std::min(kChunkTokens, row.length - first));
+    const int64_t first = split * kSplitTokens;
+    append(first, std::min(kSplitTokens, row.length - first));
   }
-  const int64_t num_groups = ceil_div(tokens, kLanes);
-  for (int64_t i = 0; i < kWidestLoop; ++i) groups[num_groups + i] = groups[num_groups - 1];
+  const int64_t num_vectors = ceil_div(tokens, kLanes);
+  for (int64_t i = 0; i < kWidestLoop; ++i) vectors[num_vectors + i] = vectors[num_vectors - 1];
   return tokens;
 }
 
 // Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride], and
-// the chunk's maximum, sum and output.
+// the split's maximum, sum and output.
 template <typename T, typename Layout, int kHeads>
-void attend_chunk(const Problem& p, const Group<T>* groups, int64_t tokens, const float* query,
-                  float* logits, float* output, float* maxima, float* sums) {
+void attend_split(const Problem& p, const TokenVector<T>* vectors, int64_t tokens,
+                  const float* query, float* logits, float* output, float* maxima, float* sums) {
   constexpr int kWide = kHeads <= 4 ? kWidestLoop : 2;
   const int64_t d = p.head_size;
-  const int64_t num_groups = ceil_div(tokens, kLanes);
-  const int64_t padded = num_groups * kLanes;
+  const int64_t num_vectors = ceil_div(tokens, kLanes);
+  const int64_t padded = num_vectors * kLanes;
 
   int64_t i = 0;
-  for (; i + kWide <= num_groups; i += kWide) {
-    Layout::template logits<kHeads, kWide>(groups + i, p.block_size, d, query, logits + i * kLanes,
+  for (; i + kWide <= num_vectors; i += kWide) {
+    Layout::template logits<kHeads, kWide>(vectors + i, p.block_size, d, query, logits + i * kLanes,
                                            kLogitsStride);
   }
-  for (; i < num_groups; ++i) {
-    Layout::template logits<kHeads, 1>(groups + i, p.block_size, d, query, logits + i * kLanes,
+  for (; i < num_vectors; ++i) {
+    Layout::template logits<kHeads, 1>(vectors + i, p.block_size, d, query, logits + i * kLanes,
                                        kLogitsStride);
   }
 
@@ -147,44 +150,44 @@ void attend_chunk(const Problem& p, const Group<T>* groups, int64_t tokens, cons
   }
 
   std::memset(output, 0, sizeof(float) * kHeads * d);
-  for (i = 0; i < num_groups; ++i) {
+  for (i = 0; i < num_vectors; ++i) {
     const int64_t count = std::min(kLanes, tokens - i * kLanes);
     const float* w = weights + i * kLanes;
     int64_t v = 0;
     for (; v + 2 <= d / kLanes; v += 2) {
-      Layout::template accumulate<kHeads, 2>(groups + i, p.block_size, d, count, v, w,
+      Layout::template accumulate<kHeads, 2>(vectors + i, p.block_size, d, count, v, w,
                                              kLogitsStride, output);
     }
     if (v < d / kLanes) {
-      Layout::template accumulate<kHeads, 1>(groups + i, p.block_size, d, count, v, w,
+      Layout::template accumulate<kHeads, 1>(vectors + i, p.block_size, d, count, v, w,
                                              kLogitsStride, output);
     }
   }
 }
 
 template <typename T, typename Layout>
-using AttendChunk = void (*)(const Problem&, const Group<T>*, int64_t, const float*, float*, float*,
-                             float*, float*);
+using AttendSplit = void (*)(const Problem&, const TokenVector<T>*, int64_t, const float*, float*,
+                             float*, float*, float*);
 
 // Step 1 for all query heads of one KV head.
 template <typename T, typename Layout>
-void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_head) {
-  static constexpr AttendChunk<T, Layout> kByHeads[kMaxHeadGroup] = {
-      attend_chunk<T, Layout, 1>, attend_chunk<T, Layout, 2>, attend_chunk<T, Layout, 3>,
-      attend_chunk<T, Layout, 4>, attend_chunk<T, Layout, 5>, attend_chunk<T, Layout, 6>,
-      attend_chunk<T, Layout, 7>, attend_chunk<T, Layout, 8>};
-  alignas(64) float query[kMaxHeadGroup * kMaxHeadSize];
-  alignas(64) float scratch_logits[kMaxHeadGroup * kLogitsStride];
-  Group<T> groups[kChunkGroups + kWidestLoop];
+void attend_item(const Problem& p, const Row& row, int64_t split, int64_t kv_head) {
+  static constexpr AttendSplit<T, Layout> kByHeads[kMaxHeads] = {
+      attend_split<T, Layout, 1>, attend_split<T, Layout, 2>, attend_split<T, Layout, 3>,
+      attend_split<T, Layout, 4>, attend_split<T, Layout, 5>, attend_split<T, Layout, 6>,
+      attend_split<T, Layout, 7>, attend_split<T, Layout, 8>};
+  alignas(64) float query[kMaxHeads * kMaxHeadSize];
+  alignas(64) float scratch_logits[kMaxHeads * kLogitsStride];
+  TokenVector<T> vectors[kSplitVectors + kWidestLoop];
 
   const int64_t d = p.head_size;
   const int64_t heads_per_kv_head = p.num_heads / p.num_kv_heads;
   const T* cache = static_cast<const T*>(p.kv_cache) + kv_head * p.cache_head_stride;
-  const int64_t tokens = find_groups(p, row, chunk, cache, groups);
-  const int64_t slot = (row.first_chunk + chunk) * p.num_heads;
+  const int64_t tokens = find_vectors(p, row, split, cache, vectors);
+  const int64_t slot = (row.first_split + split) * p.num_heads;
 
-  for (int64_t done = 0; done < heads_per_kv_head; done += kMaxHeadGroup) {
-    const int64_t heads = std::min(kMaxHeadGroup, heads_per_kv_head - done);
+  for (int64_t done = 0; done < heads_per_kv_head; done += kMaxHeads) {
+    const int64_t heads = std::min(kMaxHeads, heads_per_kv_head - done);
     const int64_t first_head = kv_head * heads_per_kv_head + done;
     const T* source = static_cast<const T*>(p.query) +
                       p.row_tokens[row.index] * p.query_token_stride +
@@ -195,8 +198,8 @@ void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_hea
       }
     }
     float* logits = scratch_logits;
-    if (row.selects) logits = p.workspace.logits + (slot + first_head) * kLogitsStride;
-    kByHeads[heads - 1](p, groups, tokens, query, logits,
+    if (row.scores) logits = p.workspace.logits + (slot + first_head) * kLogitsStride;
+    kByHeads[heads - 1](p, vectors, tokens, query, logits,
                         p.workspace.partial_outputs + (slot + first_head) * d,
                         p.workspace.partial_maxima + slot + first_head,
                         p.workspace.partial_sums + slot + first_head);
@@ -205,18 +208,18 @@ void attend_item(const Problem& p, const Row& row, int64_t chunk, int64_t kv_hea
 
 // Step 2 for one row and head.
 template <typename T>
-void combine_chunks(const Problem& p, const Row& row, int64_t row_in_wave, int64_t head) {
+void combine_splits(const Problem& p, const Row& row, int64_t row_in_round, int64_t head) {
   const Workspace& w = p.workspace;
   const int64_t d = p.head_size;
-  const int64_t first = row.first_chunk * p.num_heads + head;
+  const int64_t first = row.first_split * p.num_heads + head;
   float maximum_logit = p.sinks ? p.sinks[head] : kNegativeInfinity;
-  for (int64_t c = 0; c < row.num_chunks; ++c) {
+  for (int64_t c = 0; c < row.num_splits; ++c) {
     maximum_logit = std::max(maximum_logit, w.partial_maxima[first + c * p.num_heads]);
   }
   alignas(64) float sum_of_outputs[kMaxHeadSize];
   std::memset(sum_of_outputs, 0, sizeof(float) * d);
   float sum = p.sinks ? std::exp(p.sinks[head] - maximum_logit) : 0.0f;
-  for (int64_t c = 0; c < row.num_chunks; ++c) {
+  for (int64_t c = 0; c < row.num_splits; ++c) {
     const int64_t slot = first + c * p.num_heads;
     const float factor = std::exp(w.partial_maxima[slot] - maximum_logit);
     sum += w.partial_sums[slot] * factor;
@@ -225,24 +228,24 @@ void combine_chunks(const Problem& p, const Row& row, int64_t row_in_wave, int64
               load16(sum_of_outputs + i) + load16(w.partial_outputs + slot * d + i) * factor);
     }
   }
-  w.row_maxima[row_in_wave * p.num_heads + head] = maximum_logit;
-  w.row_log_sums[row_in_wave * p.num_heads + head] = std::log(sum);
+  w.row_maxima[row_in_round * p.num_heads + head] = maximum_logit;
+  w.row_log_sums[row_in_round * p.num_heads + head] = std::log(sum);
   T* target = static_cast<T*>(p.output) + p.row_tokens[row.index] * p.output_token_stride +
               head * p.output_head_stride;
   const float inverse = 1.0f / sum;
   for (int64_t i = 0; i < d; ++i) from_float(sum_of_outputs[i] * inverse, target[i]);
 }
 
-// Step 3 for one chunk of a row.
-void score_chunk(const Problem& p, const Row& row, int64_t row_in_wave, int64_t chunk) {
+// Step 3 for one split of a row.
+void score_split(const Problem& p, const Row& row, int64_t row_in_round, int64_t split) {
   const Workspace& w = p.workspace;
-  const int64_t first = chunk * kChunkTokens;
-  const int64_t tokens = std::min(kChunkTokens, row.length - first);
-  alignas(64) float best[kChunkTokens];  // max over the heads of log p[h, t]
+  const int64_t first = split * kSplitTokens;
+  const int64_t tokens = std::min(kSplitTokens, row.length - first);
+  alignas(64) float best[kSplitTokens];  // max over the heads of log p[h, t]
   for (int64_t h = 0; h < p.num_heads; ++h) {
-    const float row_maximum = w.row_maxima[row_in_wave * p.num_heads + h];
-    const float log_sum = w.row_log_sums[row_in_wave * p.num_heads + h];
-    const float* x = w.logits + ((row.first_chunk + chunk) * p.num_heads + h) * kLogitsStride;
+    const float row_maximum = w.row_maxima[row_in_round * p.num_heads + h];
+    const float log_sum = w.row_log_sums[row_in_round * p.num_heads + h];
+    const float* x = w.logits + ((row.first_split + split) * p.num_heads + h) * kLogitsStride;
     for (int64_t t = 0; t < tokens; t += kLanes) {
       const f32x16 log_p = (load16(x + t) - row_maximum) - log_sum;
       store16(best + t, h == 0 ? log_p : maximum(load16(best + t), log_p));
@@ -261,14 +264,15 @@ void score_chunk(const Problem& p, const Row& row, int64_t row_in_wave, int64_t 
 
 // Step 4 for one row.
 void select_row(const Problem& p, const Row& row) {
-  const int64_t num_pages = ceil_div(row.length, p.page_size);
+  const int64_t num_pages = p.row_pages(row.index);
   const float* const scores = p.workspace.page_scores + row.scores_offset;
   if (p.scores_out) {
     std::memcpy(p.scores_out + row.index * p.scores_stride, scores, sizeof(float) * num_pages);
   }
-  p.selected_counts[row.index] = select_pages(
-      scores, num_pages, p.budget_pages, p.recent_pages, p.sink_pages,
-      p.workspace.page_keys + row.scores_offset, p.selected_pages + row.index * p.selected_stride);
+  if (p.keeps_all(row.index)) return;
+  select_pages(scores, num_pages, p.row_kept_pages[row.index], p.recent_pages, p.sink_pages,
+               p.workspace.page_keys + row.scores_offset,
+               p.selected_pages + row.index * p.selected_stride);
 }
 
 // True for the one thread that does the last of the parts that `pending` counts; it then sees what
@@ -280,30 +284,26 @@ void run_problem(const Problem& p) {
   const int64_t heads_per_kv_head = p.num_heads / p.num_kv_heads;
   std::vector<Row> rows;
   std::vector<WorkItem> items;
-  std::vector<int32_t> chunks_to_attend;  // [rows, num_kv_heads]
-  std::vector<int32_t> chunks_to_score;   // [rows]
+  std::vector<int32_t> splits_to_attend;  // [rows, num_kv_heads]
+  std::vector<int32_t> splits_to_score;   // [rows]
   for (int64_t next = 0; next < p.num_rows;) {
     rows.clear();
     items.clear();
-    chunks_to_attend.clear();
-    chunks_to_score.clear();
-    int64_t scores = 0, chunks = 0;
+    splits_to_attend.clear();
+    splits_to_score.clear();
+    int64_t scores = 0, splits = 0;
     for (; next < p.num_rows; ++next) {
       Row row = describe_row(p, next);
-      if ((chunks + row.num_chunks) * kChunkTokens > p.wave_tokens) break;
-      row.first_chunk = chunks;
-      chunks += row.num_chunks;
+      if ((splits + row.num_splits) * kSplitTokens > p.round_tokens) break;
+      row.first_split = splits;
+      splits += row.num_splits;
       row.scores_offset = scores;
-      if (row.selects) {
-        scores += ceil_div(row.length, p.page_size);
-      } else if (p.selected_pages) {
-        select_row(p, row);  // keeps all
-      }
-      const int32_t count = static_cast<int32_t>(row.num_chunks);
-      chunks_to_attend.insert(chunks_to_attend.end(), p.num_kv_heads, count);
-      chunks_to_score.push_back(count);
-      for (int64_t chunk = 0; chunk < row.num_chunks; ++chunk) {
-        items.push_back({static_cast<int64_t>(rows.size()), chunk});
+      if (row.scores) scores += p.row_pages(row.index);
+      const int32_t count = static_cast<int32_t>(row.num_splits);
+      splits_to_attend.insert(splits_to_attend.end(), p.num_kv_heads, count);
+      splits_to_score.push_back(count);
+      for (int64_t split = 0; split < row.num_splits; ++split) {
+        items.push_back({static_cast<int64_t>(rows.size()), split});
       }
       rows.push_back(row);
     }
@@ -313,22 +313,22 @@ void run_problem(const Problem& p) {
     {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < num_items * p.num_kv_heads; ++i) {
-        const auto [row, chunk] = items[i / p.num_kv_heads];
+        const auto [row, split] = items[i / p.num_kv_heads];
         const int64_t kv_head = i % p.num_kv_heads;
-        attend_item<T, Layout>(p, rows[row], chunk, kv_head);
-        if (finishes(chunks_to_attend[row * p.num_kv_heads + kv_head])) {
+        attend_item<T, Layout>(p, rows[row], split, kv_head);
+        if (finishes(splits_to_attend[row * p.num_kv_heads + kv_head])) {
           for (int64_t g = 0; g < heads_per_kv_head; ++g) {
-            combine_chunks<T>(p, rows[row], row, kv_head * heads_per_kv_head + g);
+            combine_splits<T>(p, rows[row], row, kv_head * heads_per_kv_head + g);
           }
         }
       }
       if (scores > 0) {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < num_items; ++i) {
-          const auto [row, chunk] = items[i];
-          if (!rows[row].selects) continue;
-          score_chunk(p, rows[row], row, chunk);
-          if (finishes(chunks_to_score[row])) select_row(p, rows[row]);
+          const auto [row, split] = items[i];
+          if (!rows[row].scores) continue;
+          score_split(p, rows[row], row, split);
+          if (finishes(splits_to_score[row])) select_row(p, rows[row]);
         }
       }
     }

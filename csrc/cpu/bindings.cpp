@@ -1,7 +1,7 @@
 // The operators `torch.ops.vllm_delta.*`, on PyTorch's stable ABI: this library uses no C++ symbol
-// of torch, so one build serves every torch from 2.11 on. Shapes are documented in
-// vllm_delta/ops.py, which also checks them; here is checked what would otherwise read or write
-// outside of a tensor.
+// of torch, so one build runs on every torch from 2.11 on. Shapes are documented in
+// vllm_delta/kernels/cpu/ops.py; checked is, here, whatever would otherwise read or write outside
+// of a tensor.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -66,17 +66,18 @@ const int32_t* int32_data(const Tensor& tensor, const char* name) {
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-// Floats of workspace for waves of `wave_tokens` tokens; the sum of what carve_workspace hands out.
-int64_t workspace_floats(int64_t wave_tokens, int64_t num_heads, int64_t head_size,
+// Floats of workspace for rounds of `round_tokens` tokens; the sum of what carve_workspace hands
+// out.
+int64_t workspace_floats(int64_t round_tokens, int64_t num_heads, int64_t head_size,
                          int64_t page_size) {
-  const int64_t chunks = wave_tokens / kChunkTokens;
-  const int64_t pages = wave_tokens / page_size;
-  return chunks * num_heads * (kLogitsStride + head_size + 4) + 3 * pages;
+  const int64_t splits = round_tokens / kSplitTokens;
+  const int64_t pages = round_tokens / page_size;
+  return splits * num_heads * (kLogitsStride + head_size + 4) + 3 * pages;
 }
 
 Workspace carve_workspace(float* memory, const Problem& p) {
-  const int64_t chunks = p.wave_tokens / kChunkTokens;
-  const int64_t pages = p.wave_tokens / p.page_size;
+  const int64_t splits = p.round_tokens / kSplitTokens;
+  const int64_t pages = p.round_tokens / p.page_size;
   Workspace w;
   const auto take = [&memory](int64_t floats) {
     float* const taken = memory;
@@ -84,18 +85,18 @@ Workspace carve_workspace(float* memory, const Problem& p) {
     return taken;
   };
   w.page_keys = reinterpret_cast<uint64_t*>(take(2 * pages));
-  w.logits = take(chunks * p.num_heads * kLogitsStride);
-  w.partial_outputs = take(chunks * p.num_heads * p.head_size);
-  w.partial_maxima = take(chunks * p.num_heads);
-  w.partial_sums = take(chunks * p.num_heads);
-  w.row_maxima = take(chunks * p.num_heads);
-  w.row_log_sums = take(chunks * p.num_heads);
+  w.logits = take(splits * p.num_heads * kLogitsStride);
+  w.partial_outputs = take(splits * p.num_heads * p.head_size);
+  w.partial_maxima = take(splits * p.num_heads);
+  w.partial_sums = take(splits * p.num_heads);
+  w.row_maxima = take(splits * p.num_heads);
+  w.row_log_sums = take(splits * p.num_heads);
   w.page_scores = take(pages);
   return w;
 }
 
 void check_rows(const Problem& p, int64_t num_tokens, int64_t num_requests, int64_t table_width) {
-  const int64_t capacity = std::min(p.wave_tokens, table_width * p.block_size);
+  const int64_t capacity = std::min(p.round_tokens, table_width * p.block_size);
   for (int64_t i = 0; i < p.num_rows; ++i) {
     STD_TORCH_CHECK(p.row_tokens[i] >= 0 && p.row_tokens[i] < num_tokens, "row ", i,
                     ": token index out of range");
@@ -103,22 +104,31 @@ void check_rows(const Problem& p, int64_t num_tokens, int64_t num_requests, int6
                     ": request index out of range");
     STD_TORCH_CHECK(p.row_lengths[i] >= 1 && p.row_lengths[i] <= capacity, "row ", i, ": length ",
                     p.row_lengths[i], " is not between 1 and ", capacity);
-    if (p.table_pages) {
-      STD_TORCH_CHECK(p.table_counts[i] >= 1 && p.table_counts[i] <= p.table_stride, "row ", i,
-                      ": its selection table is empty or too long");
-      // Ascending, so the last page bounds them all.
-      const int32_t last = p.table_pages[i * p.table_stride + p.table_counts[i] - 1];
-      STD_TORCH_CHECK(
-          p.table_pages[i * p.table_stride] >= 0 && last * p.page_size < p.row_lengths[i], "row ",
-          i, ": its selection table names a page outside of the sequence");
-    }
+  }
+}
+
+// For what reads or writes a selection table of `width` pages a row.
+void check_kept_pages(const Problem& p, int64_t width) {
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    if (p.keeps_all(i)) continue;
+    const int64_t least = std::max<int64_t>(1, p.recent_pages + p.sink_pages);
+    STD_TORCH_CHECK(p.row_kept_pages[i] >= least && p.row_kept_pages[i] <= width, "row ", i,
+                    ": its budget of ", p.row_kept_pages[i], " pages is not between ", least,
+                    " and ", width);
+    if (!p.table_pages) continue;
+    // Ascending, so the last page bounds them all.
+    const int32_t* pages = p.table_pages + i * p.table_stride;
+    STD_TORCH_CHECK(
+        pages[0] >= 0 && pages[p.row_kept_pages[i] - 1] * p.page_size < p.row_lengths[i], "row ", i,
+        ": its selection table names a page outside of the sequence");
   }
 }
 
 Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                  const Tensor& row_tokens, const Tensor& row_requests, const Tensor& row_lengths,
-                 int64_t layout, double scale, double softcap, const std::optional<Tensor>& sinks,
-                 int64_t page_size, const Tensor& workspace, const Tensor& output) {
+                 const Tensor& row_kept_pages, int64_t layout, double scale, double softcap,
+                 const std::optional<Tensor>& sinks, int64_t page_size, const Tensor& workspace,
+                 const Tensor& output) {
   Problem p = {};
   p.element_type = element_type(query);
   p.layout = static_cast<KVLayout>(layout);
@@ -140,7 +150,7 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   STD_TORCH_CHECK(p.head_size % kLanes == 0 && p.head_size <= kMaxHeadSize,
                   "head_size must be a multiple of 16 up to ", kMaxHeadSize);
   STD_TORCH_CHECK(p.block_size % kLanes == 0, "the block size must be a multiple of 16");
-  STD_TORCH_CHECK(page_size % kLanes == 0 && kChunkTokens % page_size == 0 && page_size <= 128,
+  STD_TORCH_CHECK(page_size % kLanes == 0 && kSplitTokens % page_size == 0 && page_size <= 128,
                   "page_size must be 16, 32, 64 or 128");
   STD_TORCH_CHECK(layout == 0 || (layout == 1 && p.element_type != ElementType::kFloat32 &&
                                   p.block_size % 32 == 0),
@@ -162,11 +172,14 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   p.block_table = int32_data(block_table, "block_table");
   p.block_table_stride = block_table.stride(0);
   p.num_rows = row_tokens.numel();
-  STD_TORCH_CHECK(row_requests.numel() == p.num_rows && row_lengths.numel() == p.num_rows,
-                  "row_tokens, row_requests and row_lengths must have the same length");
+  STD_TORCH_CHECK(row_requests.numel() == p.num_rows && row_lengths.numel() == p.num_rows &&
+                      row_kept_pages.numel() == p.num_rows,
+                  "row_tokens, row_requests, row_lengths and row_kept_pages must have the same "
+                  "length");
   p.row_tokens = int32_data(row_tokens, "row_tokens");
   p.row_requests = int32_data(row_requests, "row_requests");
   p.row_lengths = int32_data(row_lengths, "row_lengths");
+  p.row_kept_pages = int32_data(row_kept_pages, "row_kept_pages");
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   if (sinks) {
@@ -178,9 +191,9 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   p.page_size = page_size;
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.is_contiguous(),
                   "workspace must be a contiguous float32 tensor");
-  p.wave_tokens = workspace.numel() /
-                  workspace_floats(kChunkTokens, p.num_heads, p.head_size, page_size) *
-                  kChunkTokens;
+  p.round_tokens = workspace.numel() /
+                   workspace_floats(kSplitTokens, p.num_heads, p.head_size, page_size) *
+                   kSplitTokens;
   p.workspace = carve_workspace(static_cast<float*>(workspace.mutable_data_ptr()), p);
   return p;
 }
@@ -196,11 +209,11 @@ void run_and_count(const Problem& p, const Tensor& counters) {
   for (int64_t i = 0; i < p.num_rows; ++i) {
     const int64_t length = p.row_lengths[i];
     context += length;
-    if (!p.table_pages) {
+    if (!p.table_pages || p.keeps_all(i)) {
       attended += length;
       continue;
     }
-    const int64_t count = p.table_counts[i];
+    const int64_t count = p.row_kept_pages[i];
     const int64_t last = p.table_pages[i * p.table_stride + count - 1];
     attended += (count - 1) * p.page_size + std::min(p.page_size, length - last * p.page_size);
   }
@@ -211,38 +224,35 @@ void run_and_count(const Problem& p, const Tensor& counters) {
 }
 
 void full_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
-                    Tensor row_requests, Tensor row_lengths, int64_t layout, double scale,
-                    double softcap, std::optional<Tensor> sinks, Tensor workspace, Tensor counters,
-                    Tensor output) {
-  const Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
-                             layout, scale, softcap, sinks, kLanes, workspace, output);
+                    Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages, int64_t layout,
+                    double scale, double softcap, std::optional<Tensor> sinks, Tensor workspace,
+                    Tensor counters, Tensor output) {
+  const Problem p =
+      describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, row_kept_pages,
+               layout, scale, softcap, sinks, kLanes, workspace, output);
   check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
   run_and_count(p, counters);
 }
 
 void selection_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
-                         Tensor row_requests, Tensor row_lengths, int64_t layout, double scale,
-                         double softcap, std::optional<Tensor> sinks, int64_t page_size,
-                         int64_t budget_pages, int64_t recent_pages, int64_t sink_pages,
+                         Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages,
+                         int64_t layout, double scale, double softcap, std::optional<Tensor> sinks,
+                         int64_t page_size, int64_t recent_pages, int64_t sink_pages,
                          Tensor workspace, Tensor counters, Tensor output, Tensor pages,
-                         Tensor page_counts, std::optional<Tensor> scores) {
-  Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, layout,
-                       scale, softcap, sinks, page_size, workspace, output);
+                         std::optional<Tensor> scores) {
+  Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
+                       row_kept_pages, layout, scale, softcap, sinks, page_size, workspace, output);
   check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
-  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && budget_pages >= 1 &&
-                      recent_pages + sink_pages <= budget_pages,
-                  "budget_pages must hold the recent and the sink pages");
+  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0,
+                  "recent_pages and sink_pages must not be negative");
   int32_data(pages, "pages");
-  int32_data(page_counts, "page_counts");
-  STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows &&
-                      pages.size(1) >= budget_pages && page_counts.numel() >= p.num_rows,
-                  "pages must be [rows, budget_pages] and page_counts [rows]");
+  STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows,
+                  "pages must be [rows, most kept pages]");
   p.selected_pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-  p.selected_counts = static_cast<int32_t*>(page_counts.mutable_data_ptr());
   p.selected_stride = pages.stride(0);
-  p.budget_pages = budget_pages;
   p.recent_pages = recent_pages;
   p.sink_pages = sink_pages;
+  check_kept_pages(p, pages.size(1));
   if (scores) {
     int32_t longest = 0;
     for (int64_t i = 0; i < p.num_rows; ++i) longest = std::max(longest, p.row_lengths[i]);
@@ -257,37 +267,36 @@ void selection_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tens
 }
 
 void sparse_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
-                      Tensor row_requests, Tensor row_lengths, int64_t layout, double scale,
-                      double softcap, std::optional<Tensor> sinks, int64_t page_size, Tensor pages,
-                      Tensor page_counts, Tensor workspace, Tensor counters, Tensor output) {
-  Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, layout,
-                       scale, softcap, sinks, page_size, workspace, output);
-  STD_TORCH_CHECK(
-      pages.dim() == 2 && pages.size(0) >= p.num_rows && page_counts.numel() >= p.num_rows,
-      "pages must be [rows, budget_pages] and page_counts [rows]");
+                      Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages,
+                      int64_t layout, double scale, double softcap, std::optional<Tensor> sinks,
+                      int64_t page_size, Tensor pages, Tensor workspace, Tensor counters,
+                      Tensor output) {
+  Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
+                       row_kept_pages, layout, scale, softcap, sinks, page_size, workspace, output);
+  STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows,
+                  "pages must be [rows, most kept pages]");
   p.table_pages = int32_data(pages, "pages");
-  p.table_counts = int32_data(page_counts, "page_counts");
   p.table_stride = pages.stride(0);
   check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
+  check_kept_pages(p, pages.size(1));
   run_and_count(p, counters);
 }
 
-// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [budget_pages];
-// returns the number of pages kept.
-int64_t select_pages_of(Tensor scores, int64_t budget_pages, int64_t recent_pages,
-                        int64_t sink_pages, Tensor pages) {
+// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [kept_pages].
+void select_pages_of(Tensor scores, int64_t recent_pages, int64_t sink_pages, Tensor pages) {
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
                   "scores must be contiguous float32");
   int32_data(pages, "pages");
-  STD_TORCH_CHECK(pages.is_contiguous() && pages.numel() >= budget_pages,
-                  "pages must hold budget_pages indices");
-  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && budget_pages >= 1 &&
-                      recent_pages + sink_pages <= budget_pages,
-                  "budget_pages must hold the recent and the sink pages");
+  const int64_t kept_pages = pages.numel();
+  STD_TORCH_CHECK(pages.is_contiguous() && kept_pages < scores.numel(),
+                  "pages must be contiguous, and fewer than scores");
+  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && kept_pages >= 1 &&
+                      recent_pages + sink_pages <= kept_pages,
+                  "the kept pages must hold the recent and the sink pages");
   std::vector<uint64_t> keys(scores.numel());
-  return select_pages(static_cast<const float*>(scores.const_data_ptr()), scores.numel(),
-                      budget_pages, recent_pages, sink_pages, keys.data(),
-                      static_cast<int32_t*>(pages.mutable_data_ptr()));
+  select_pages(static_cast<const float*>(scores.const_data_ptr()), scores.numel(), kept_pages,
+               recent_pages, sink_pages, keys.data(),
+               static_cast<int32_t*>(pages.mutable_data_ptr()));
 }
 
 }  // namespace
@@ -295,22 +304,20 @@ int64_t select_pages_of(Tensor scores, int64_t budget_pages, int64_t recent_page
 
 #define DELTA_ROWS                                                                              \
   "Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens, Tensor row_requests, " \
-  "Tensor row_lengths, int layout, float scale, float softcap, Tensor? sinks, "
+  "Tensor row_lengths, Tensor row_kept_pages, int layout, float scale, float softcap, "         \
+  "Tensor? sinks, "
 
 STABLE_TORCH_LIBRARY(vllm_delta, m) {
   m.def("full_attention(" DELTA_ROWS
         "Tensor(a!) workspace, Tensor(b!) counters, Tensor(c!) output) -> ()");
   m.def("selection_attention(" DELTA_ROWS
-        "int page_size, int budget_pages, int recent_pages, int sink_pages, Tensor(a!) workspace, "
-        "Tensor(b!) counters, Tensor(c!) output, Tensor(d!) pages, Tensor(e!) page_counts, "
-        "Tensor(f!)? scores) -> ()");
+        "int page_size, int recent_pages, int sink_pages, Tensor(a!) workspace, "
+        "Tensor(b!) counters, Tensor(c!) output, Tensor(d!) pages, Tensor(e!)? scores) -> ()");
   m.def("sparse_attention(" DELTA_ROWS
-        "int page_size, Tensor pages, Tensor page_counts, Tensor(a!) workspace, "
-        "Tensor(b!) counters, Tensor(c!) output) -> ()");
-  m.def(
-      "select_pages(Tensor scores, int budget_pages, int recent_pages, int sink_pages, "
-      "Tensor(a!) pages) -> int");
-  m.def("workspace_floats(int wave_tokens, int num_heads, int head_size, int page_size) -> int");
+        "int page_size, Tensor pages, Tensor(a!) workspace, Tensor(b!) counters, "
+        "Tensor(c!) output) -> ()");
+  m.def("select_pages(Tensor scores, int recent_pages, int sink_pages, Tensor(a!) pages) -> ()");
+  m.def("workspace_floats(int round_tokens, int num_heads, int head_size, int page_size) -> int");
   m.def("set_instruction_level(int level) -> int");
 }
 

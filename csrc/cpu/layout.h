@@ -1,9 +1,10 @@
 // Reading keys and values of one head from KV blocks, by layout.
 //
-// Both layouts offer the same two loops over groups of 16 tokens, and both add up in the same order
-// (over head dimensions for a logit, over tokens for an output), so that a token's logit has the
-// same bits wherever the token lies. While they work on some groups they ask for the next ones:
-// blocks lie anywhere in memory, and their rows in strides that the hardware does not foresee.
+// Both layouts offer the same two loops over vectors of 16 tokens, and both add up in the same
+// order (over head dimensions for a logit, over tokens for an output), so that a token's logit has
+// the same bits wherever the token lies. While they work on some vectors they ask for the next
+// ones: blocks lie anywhere in memory, and their rows in strides that the hardware does not
+// foresee.
 #pragma once
 
 #include "simd.h"
@@ -14,7 +15,7 @@ namespace DELTA_ISA {
 // 16 tokens: a block of one head, and the first token's place in it. Fewer at the end of a
 // sequence.
 template <typename T>
-struct Group {
+struct TokenVector {
   const T* block;
   int64_t first;
 };
@@ -22,36 +23,37 @@ struct Group {
 // vLLM's "vec" and "vec16": K [head_size][block_size], V [block_size][head_size].
 template <typename T>
 struct TransposedLayout {
-  // out[g][16*v ..) = sum over d of query[g][d] * K[d][tokens of groups[v]], for `kGroups` groups:
-  // no scale, no mask. As many groups follow in memory, to be asked for.
-  template <int kHeads, int kGroups>
-  static void logits(const Group<T>* groups, int64_t block_size, int64_t head_size,
+  // out[g][16*v ..) = sum over d of query[g][d] * K[d][tokens of vectors[v]], for `kTokenVectors`
+  // vectors: no scale, no mask. As many vectors follow in memory, to be asked for.
+  template <int kHeads, int kTokenVectors>
+  static void logits(const TokenVector<T>* vectors, int64_t block_size, int64_t head_size,
                      const float* query, float* out, int64_t out_stride) {
-    const T* keys[2 * kGroups];
-    for (int v = 0; v < 2 * kGroups; ++v) keys[v] = groups[v].block + groups[v].first;
-    f32x16 sums[kHeads][kGroups];
+    const T* keys[2 * kTokenVectors];
+    for (int v = 0; v < 2 * kTokenVectors; ++v) keys[v] = vectors[v].block + vectors[v].first;
+    f32x16 sums[kHeads][kTokenVectors];
     for (int g = 0; g < kHeads; ++g) {
-      for (int v = 0; v < kGroups; ++v) sums[g][v] = broadcast(0.0f);
+      for (int v = 0; v < kTokenVectors; ++v) sums[g][v] = broadcast(0.0f);
     }
     for (int64_t d = 0; d < head_size; ++d) {
       const int64_t row = d * block_size;
-      for (int v = 0; v < kGroups; ++v) __builtin_prefetch(keys[kGroups + v] + row);
-      f32x16 key[kGroups];
-      for (int v = 0; v < kGroups; ++v) key[v] = load16(keys[v] + row);
+      for (int v = 0; v < kTokenVectors; ++v) __builtin_prefetch(keys[kTokenVectors + v] + row);
+      f32x16 key[kTokenVectors];
+      for (int v = 0; v < kTokenVectors; ++v) key[v] = load16(keys[v] + row);
       for (int g = 0; g < kHeads; ++g) {
         const f32x16 q = broadcast(query[g * head_size + d]);
-        for (int v = 0; v < kGroups; ++v) sums[g][v] += q * key[v];
+        for (int v = 0; v < kTokenVectors; ++v) sums[g][v] += q * key[v];
       }
     }
     for (int g = 0; g < kHeads; ++g) {
-      for (int v = 0; v < kGroups; ++v) store16(out + g * out_stride + v * kLanes, sums[g][v]);
+      for (int v = 0; v < kTokenVectors; ++v)
+        store16(out + g * out_stride + v * kLanes, sums[g][v]);
     }
   }
 
   // out[g][16*dim_vector ..) += sum over `count` tokens of weights[g][t] * V[first +
-  // t][16*dim_vector ..). One more group follows in memory, to be asked for.
+  // t][16*dim_vector ..). One more vector follows in memory, to be asked for.
   template <int kHeads, int kVectors>
-  static void accumulate(const Group<T>* group, int64_t block_size, int64_t head_size,
+  static void accumulate(const TokenVector<T>* vector, int64_t block_size, int64_t head_size,
                          int64_t count, int64_t dim_vector, const float* weights,
                          int64_t weights_stride, float* out) {
     f32x16 sums[kHeads][kVectors];
@@ -59,11 +61,11 @@ struct TransposedLayout {
     for (int g = 0; g < kHeads; ++g) {
       for (int v = 0; v < kVectors; ++v) sums[g][v] = load16(target + g * head_size + v * kLanes);
     }
-    const auto row = [=](const Group<T>& of) {
+    const auto row = [=](const TokenVector<T>& of) {
       return of.block + (block_size + of.first) * head_size + dim_vector * kLanes;
     };
-    const T* values = row(group[0]);
-    const T* next = row(group[1]);
+    const T* values = row(vector[0]);
+    const T* next = row(vector[1]);
     for (int64_t t = 0; t < count; ++t, values += head_size, next += head_size) {
       for (int v = 0; v < kVectors; v += kVectorsPerCacheLine)
         __builtin_prefetch(next + v * kLanes);
@@ -86,36 +88,38 @@ struct TransposedLayout {
 // tokens].
 template <typename T>
 struct AmxLayout {
-  template <int kHeads, int kGroups>
-  static void logits(const Group<T>* groups, int64_t, int64_t head_size, const float* query,
+  template <int kHeads, int kTokenVectors>
+  static void logits(const TokenVector<T>* vectors, int64_t, int64_t head_size, const float* query,
                      float* out, int64_t out_stride) {
-    const T* keys[2 * kGroups];
-    for (int v = 0; v < 2 * kGroups; ++v) keys[v] = groups[v].block + groups[v].first * head_size;
-    f32x16 sums[kHeads][kGroups];
+    const T* keys[2 * kTokenVectors];
+    for (int v = 0; v < 2 * kTokenVectors; ++v)
+      keys[v] = vectors[v].block + vectors[v].first * head_size;
+    f32x16 sums[kHeads][kTokenVectors];
     for (int g = 0; g < kHeads; ++g) {
-      for (int v = 0; v < kGroups; ++v) sums[g][v] = broadcast(0.0f);
+      for (int v = 0; v < kTokenVectors; ++v) sums[g][v] = broadcast(0.0f);
     }
     for (int64_t d = 0; d < head_size; d += 2) {
       const int64_t row = d * kLanes;
-      for (int v = 0; v < kGroups; ++v) __builtin_prefetch(keys[kGroups + v] + row);
-      f32x16 even[kGroups], odd[kGroups];
-      for (int v = 0; v < kGroups; ++v) load16_pairs(keys[v] + row, even[v], odd[v]);
+      for (int v = 0; v < kTokenVectors; ++v) __builtin_prefetch(keys[kTokenVectors + v] + row);
+      f32x16 even[kTokenVectors], odd[kTokenVectors];
+      for (int v = 0; v < kTokenVectors; ++v) load16_pairs(keys[v] + row, even[v], odd[v]);
       for (int g = 0; g < kHeads; ++g) {
         const f32x16 q_even = broadcast(query[g * head_size + d]);
         const f32x16 q_odd = broadcast(query[g * head_size + d + 1]);
-        for (int v = 0; v < kGroups; ++v) {
+        for (int v = 0; v < kTokenVectors; ++v) {
           sums[g][v] += q_even * even[v];
           sums[g][v] += q_odd * odd[v];
         }
       }
     }
     for (int g = 0; g < kHeads; ++g) {
-      for (int v = 0; v < kGroups; ++v) store16(out + g * out_stride + v * kLanes, sums[g][v]);
+      for (int v = 0; v < kTokenVectors; ++v)
+        store16(out + g * out_stride + v * kLanes, sums[g][v]);
     }
   }
 
   template <int kHeads, int kVectors>
-  static void accumulate(const Group<T>* group, int64_t block_size, int64_t head_size,
+  static void accumulate(const TokenVector<T>* vector, int64_t block_size, int64_t head_size,
                          int64_t count, int64_t dim_vector, const float* weights,
                          int64_t weights_stride, float* out) {
     f32x16 sums[kHeads][kVectors];
@@ -124,11 +128,11 @@ struct AmxLayout {
       for (int v = 0; v < kVectors; ++v) sums[g][v] = load16(target + g * head_size + v * kLanes);
     }
     const int64_t dim_vector_size = block_size * kLanes;
-    const auto pairs = [=](const Group<T>& of) {
+    const auto pairs = [=](const TokenVector<T>& of) {
       return of.block + block_size * head_size + dim_vector * dim_vector_size + of.first * kLanes;
     };
-    const T* values = pairs(group[0]);
-    const T* next = pairs(group[1]);
+    const T* values = pairs(vector[0]);
+    const T* next = pairs(vector[1]);
     for (int64_t t = 0; t < count; t += 2, values += 2 * kLanes, next += 2 * kLanes) {
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(next + v * dim_vector_size);
       f32x16 even[kVectors], odd[kVectors];

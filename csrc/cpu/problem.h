@@ -7,19 +7,20 @@
 
 namespace vllm_delta {
 
-// Tokens of one work item. Fixed, so that a sequence is always cut at the same places and its
-// result does not depend on the batch it is in, nor on the number of threads.
-constexpr int64_t kChunkTokens = 512;
+// Tokens of a split, the part of a row that one work item covers. Fixed, so that a sequence is
+// always cut at the same places and its result does not depend on the batch it is in, nor on the
+// number of threads.
+constexpr int64_t kSplitTokens = 512;
 
-// Floats from one head's logits of a chunk to the next head's: a cache line more than the chunk, so
+// Floats from one head's logits of a split to the next head's: a cache line more than the split, so
 // that the heads do not fall into the same sets of the cache.
-constexpr int64_t kLogitsStride = kChunkTokens + 16;
+constexpr int64_t kLogitsStride = kSplitTokens + 16;
 
 // Tokens that one vector holds. Pages and KV blocks are multiples of it.
 constexpr int64_t kLanes = 16;
 
 // Query heads that share one pass over the keys and values.
-constexpr int64_t kMaxHeadGroup = 8;
+constexpr int64_t kMaxHeads = 8;
 
 // The largest head size; bounds the scratch memory on the stack.
 constexpr int64_t kMaxHeadSize = 512;
@@ -35,16 +36,16 @@ enum class KVLayout {
   kAmx,
 };
 
-// Scratch memory of one call, carved out of one buffer by `carve_workspace` (attention.cpp).
+// Scratch memory of one call, carved out of one buffer by `carve_workspace` (bindings.cpp).
 struct Workspace {
-  float* partial_outputs;  // [chunks, num_heads, head_size], not normalised
-  float* partial_maxima;   // [chunks, num_heads]
-  float* partial_sums;     // [chunks, num_heads]
-  float* row_maxima;       // [rows of a wave, num_heads]
-  float* row_log_sums;     // [rows of a wave, num_heads]
-  float* logits;           // [chunks, num_heads, kLogitsStride]
-  float* page_scores;      // [pages of a wave]
-  uint64_t* page_keys;     // [pages of a wave]
+  float* partial_outputs;  // [splits, num_heads, head_size], not normalised
+  float* partial_maxima;   // [splits, num_heads]
+  float* partial_sums;     // [splits, num_heads]
+  float* row_maxima;       // [rows of a round, num_heads]
+  float* row_log_sums;     // [rows of a round, num_heads]
+  float* logits;           // [splits, num_heads, kLogitsStride]
+  float* page_scores;      // [pages of a round]
+  uint64_t* page_keys;     // [pages of a round]
 };
 
 // One call: decode rows of one layer. A row is one query token; it sees `row_lengths[i]` tokens.
@@ -64,6 +65,8 @@ struct Problem {
   const int32_t* block_table;  // [requests, blocks of a request]
   int64_t block_table_stride;
   const int32_t *row_tokens, *row_requests, *row_lengths;  // [num_rows]
+  // [num_rows]: pages that sparse layers keep of a row; one of as many or fewer keeps all
+  const int32_t* row_kept_pages;
 
   float scale;
   float softcap;  // 0: none
@@ -72,21 +75,26 @@ struct Problem {
 
   int64_t page_size;
 
-  // Sparse attention: the selection table to read; null where a row sees all its tokens.
+  // Sparse attention: the selection table to read; null where rows attend to all their tokens. Of a
+  // row that keeps all, it is not read.
   const int32_t* table_pages;  // [num_rows, table_stride], ascending
-  const int32_t* table_counts;
   int64_t table_stride;
 
-  // Selection: the selection table to write; null where nothing is selected.
+  // Selection: the selection table to write; null where nothing is selected. Of a row that keeps
+  // all, it is not written.
   int32_t* selected_pages;
-  int32_t* selected_counts;
   int64_t selected_stride;
-  int64_t budget_pages, recent_pages, sink_pages;
+  int64_t recent_pages, sink_pages;
   float* scores_out;  // [num_rows, scores_stride] or null: a copy of the page scores, for tests
   int64_t scores_stride;
 
-  int64_t wave_tokens;  // capacity of the workspace, a multiple of kChunkTokens
+  int64_t round_tokens;  // capacity of the workspace, a multiple of kSplitTokens
   Workspace workspace;
+
+  int64_t row_pages(int64_t row) const { return (row_lengths[row] + page_size - 1) / page_size; }
+
+  // Whether sparse layers attend to all of a row's tokens, because they fit its budget.
+  bool keeps_all(int64_t row) const { return row_pages(row) <= row_kept_pages[row]; }
 };
 
 // Runs the whole problem on the threads of the current OpenMP pool.
@@ -102,9 +110,10 @@ namespace generic {
 void run(const Problem& problem);
 }
 
-// Page selection (select.cpp). `scores` [num_pages] are not negative; NaN counts as 0. `keys` is
-// scratch of the same size. Writes the kept pages in ascending order and returns their number.
-int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_pages,
-                     int64_t recent_pages, int64_t sink_pages, uint64_t* keys, int32_t* pages);
+// Page selection (select.cpp), of more than `kept_pages` pages. `scores` [num_pages] are not
+// negative; NaN counts as 0. `keys` is scratch of the same size. Writes `kept_pages` pages in
+// ascending order.
+void select_pages(const float* scores, int64_t num_pages, int64_t kept_pages, int64_t recent_pages,
+                  int64_t sink_pages, uint64_t* keys, int32_t* pages);
 
 }  // namespace vllm_delta

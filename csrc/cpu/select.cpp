@@ -22,19 +22,15 @@ uint64_t page_key(float score, int64_t page) {
 
 }  // namespace
 
-int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_pages,
-                     int64_t recent_pages, int64_t sink_pages, uint64_t* keys, int32_t* pages) {
-  int32_t count = 0;
+void select_pages(const float* scores, int64_t num_pages, int64_t kept_pages, int64_t recent_pages,
+                  int64_t sink_pages, uint64_t* keys, int32_t* pages) {
+  int64_t count = 0;
   const auto keep = [&](int64_t first, int64_t end) {
     for (int64_t page = first; page < end; ++page) pages[count++] = static_cast<int32_t>(page);
   };
-  if (num_pages <= budget_pages) {
-    keep(0, num_pages);
-    return count;
-  }
-  // num_pages > budget_pages >= recent_pages + sink_pages, so that the two ends do not overlap.
+  // num_pages > kept_pages >= recent_pages + sink_pages, so that the two ends do not overlap.
   const int64_t last = num_pages - recent_pages;
-  const int64_t wanted = budget_pages - recent_pages - sink_pages;
+  const int64_t wanted = kept_pages - recent_pages - sink_pages;
   keep(0, sink_pages);
   if (wanted > 0) {
     for (int64_t page = sink_pages; page < last; ++page) keys[page] = page_key(scores[page], page);
@@ -46,7 +42,6 @@ int32_t select_pages(const float* scores, int64_t num_pages, int64_t budget_page
     }
   }
   keep(last, num_pages);
-  return count;
 }
 
 }  // namespace vllm_delta

@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace, extra: Sequence[str], problems: Sequence[
 
 def main() -> int:
     """Run the demo; arguments that are not its own go to ``vllm serve``. Returns the exit status."""
-    from vllm_delta.cli import json_object
+    from vllm_delta.cli.options import json_object
 
     parser = argparse.ArgumentParser(description="solve problems under full attention and under DELTA")
     parser.add_argument("model", type=Path, help="folder of a trained reasoner")

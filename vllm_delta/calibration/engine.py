@@ -1,23 +1,19 @@
-"""An engine that a calibration asks: full attention's answers, and what any plan loses along them."""
+"""An engine that a calibration asks: full attention's answers, and what any plan loses along them.
+
+It uses vLLM's public interface alone; the workers' part is `vllm_delta.integration.calibration`.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vllm_delta.calibration.prompts import CalibrationError, Chat, Json
 from vllm_delta.calibration.search import Passes, split_passes
-from vllm_delta.config import DeltaConfig
-from vllm_delta.counters import total
-
-Json = dict[str, Any]
-
-
-class CalibrationError(Exception):
-    """Stops a calibration; the message is for the person who started it."""
+from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.counters import total
 
 
 @dataclass(frozen=True)
@@ -54,25 +50,75 @@ class Observed:
     distances: dict[int, float]
 
 
+class Model:
+    """A model as vLLM takes it, before an engine is started."""
+
+    def __init__(self, name: str, options: Json) -> None:
+        """Read its configuration.
+
+        Args:
+            name: as vLLM takes it.
+            options: further arguments of ``vllm.LLM``.
+
+        Raises:
+            CalibrationError: there is no such model, or no such argument.
+        """
+        from vllm.engine.arg_utils import EngineArgs
+
+        self.name, self.options = name, options
+        try:
+            self._config: Any = EngineArgs(model=name, **options).create_model_config()
+        except Exception as error:  # vLLM's, transformers', pydantic's: their first line says it
+            raise CalibrationError(f"{name} cannot be loaded: {first_line(error)}") from error
+        self.max_model_len: int = self._config.max_model_len
+        self.num_layers: int = self._config.get_total_num_hidden_layers()
+
+    def chat_renderer(self) -> Chat | None:
+        """From messages to token ids, by the model's chat template; None where it has none."""
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        if self._config.skip_tokenizer_init:
+            return None
+        try:
+            tokenizer: Any = cached_tokenizer_from_config(self._config)
+        except Exception as error:
+            raise CalibrationError(f"{self.name} has no tokenizer: {first_line(error)}") from error
+        if not getattr(tokenizer, "chat_template", None):
+            return None
+
+        def render(messages: Any) -> list[int]:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+            return tokens
+
+        return render
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith("ModelConfig"):  # pydantic's head: what is wrong comes behind it
+        lines = lines[1:]
+    return lines[0] if lines else type(error).__name__
+
+
 class Engine:
     """vLLM with DELTA, one request at a time in Python: no graphs, no prefix caching."""
 
-    def __init__(
-        self, model: str, config: DeltaConfig, largest_budget: int, max_tokens: int, options: Json
-    ) -> None:
+    def __init__(self, model: Model, config: DeltaConfig, largest_budget: int, max_tokens: int) -> None:
         """Start.
 
         Args:
-            model: as vLLM takes it.
+            model: that answers.
             config: the settings to calibrate for.
             largest_budget: of which the loss will be asked, in tokens.
             max_tokens: of the longest sequence; less where the model cannot take as many.
-            options: further arguments of ``vllm.LLM``.
+
+        Raises:
+            CalibrationError: it did not start; vLLM's log says why.
         """
         from vllm import LLM
-        from vllm.engine.arg_utils import EngineArgs
 
-        limit = EngineArgs(model=model, **options).create_model_config().max_model_len
         settings = {
             "page_size": config.page_size,
             "budget_tokens": largest_budget,
@@ -84,11 +130,14 @@ class Engine:
             "additional_config": {"delta": settings},
             "enforce_eager": True,
             "enable_prefix_caching": False,
-            "max_model_len": min(max_tokens + 1, limit),
+            "max_model_len": min(max_tokens + 1, model.max_model_len),
             "disable_log_stats": True,
-            **options,
+            **model.options,
         }
-        self.llm: Any = LLM(model, **arguments)
+        try:
+            self.llm: Any = LLM(model.name, **arguments)
+        except Exception as error:
+            raise CalibrationError(f"the engine did not start: {first_line(error)}") from error
         self.config = config
         self.eligible: list[int] = self._ask("layers")[0]
         self._scored: dict[int, Answer] = {}
@@ -183,36 +232,3 @@ class Engine:
     def close(self) -> None:
         """End the engine."""
         self.llm.llm_engine.engine_core.shutdown()
-
-
-def read_prompts(path: Path, chat: Any) -> list[Json]:
-    """Prompts of a file, as vLLM takes them.
-
-    Args:
-        path: one prompt a line: JSON objects with "prompt", "prompt_token_ids" or "messages" (a chat), or
-            plain text, which is a chat's only message where `chat` can render one, and else the prompt.
-        chat: from messages to token ids, or None.
-
-    Raises:
-        CalibrationError: an object that has none of these, or messages for a model without a chat template.
-    """
-    prompts: list[Json] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        entry: Any = json.loads(line) if line.lstrip().startswith("{") else None
-        if entry is None:
-            entry = {"prompt": line} if chat is None else {"messages": [{"role": "user", "content": line}]}
-        if "messages" in entry:
-            if chat is None:
-                raise CalibrationError(f"{path}, line {number}: this model has no chat template for messages")
-            entry = {"prompt_token_ids": chat(entry["messages"])}
-        known = {name: entry[name] for name in ("prompt", "prompt_token_ids") if name in entry}
-        if not known:
-            raise CalibrationError(
-                f'{path}, line {number}: neither "prompt", "prompt_token_ids" nor "messages"'
-            )
-        prompts.append(known)
-    if not prompts:
-        raise CalibrationError(f"{path} has no prompt")
-    return prompts

@@ -1,4 +1,4 @@
-"""The file that ``vllm-delta calibrate`` writes, and how a server finds it. Without vLLM."""
+"""The file that ``vllm-delta calibrate`` writes, and how a server finds and reads it. Without vLLM."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_delta.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 
 #: its name in a model's folder
 CALIBRATION_FILE = "delta_calibration.json"
 
+#: Bytes of a calibration, at most; a real one has a few thousand.
+MOST_BYTES = 1 << 22
 
-def with_calibrated_layers(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
+
+def write_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Write what ``--additional-config`` and ``"selection_layers": "auto"`` take; raises OSError."""
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def with_calibrated_layers(
+    settings: Mapping[str, Any], model: str, num_layers: int | None = None
+) -> dict[str, Any]:
     """The settings, in which a calibration's layers stand in place of ``"selection_layers": "auto"``.
 
     They come from the file (or from the file in the folder) that the setting `calibration` names, or else
@@ -23,26 +33,30 @@ def with_calibrated_layers(settings: Mapping[str, Any], model: str) -> dict[str,
     Args:
         settings: what stands under ``"delta"``.
         model: name or folder of the model, as vLLM has it.
+        num_layers: of the model; None where it is not known.
 
     Returns:
         The settings, as they are where no file counts; else with `calibration` as the file's path.
 
     Raises:
-        DeltaConfigError: a file that is named and not there, contradicts `full_layers`, or is not a
-            calibration.
+        DeltaConfigError: a file that is named and not there, contradicts `full_layers`, cannot be read, is
+            not a calibration, or is one of a model with another number of layers.
     """
     config = DeltaConfig.from_additional_config({"delta": settings})
     if config.selection_layers != "auto" or config.policy != "delta":
         return dict(settings)
     named = config.calibration is not None
     path = Path(config.calibration if config.calibration is not None else model)
-    if path.is_dir():
-        path /= CALIBRATION_FILE
-    if not path.is_file():
-        if named:
-            raise DeltaConfigError(f"delta.calibration: there is no file {path}")
-        return dict(settings)
-    layers = _read_layers(path)
+    try:
+        if path.is_dir():
+            path /= CALIBRATION_FILE
+        if not path.is_file():
+            if named:
+                raise DeltaConfigError(f"delta.calibration: there is no file {path}")
+            return dict(settings)
+        layers = _read_layers(path, num_layers)
+    except OSError as error:
+        raise DeltaConfigError(f"delta.calibration: {path}: {error.strerror}") from error
     if settings.get("full_layers", layers["full_layers"]) != layers["full_layers"]:
         if named:
             raise DeltaConfigError(
@@ -53,13 +67,20 @@ def with_calibrated_layers(settings: Mapping[str, Any], model: str) -> dict[str,
     return {**settings, **layers, "calibration": str(path)}
 
 
-def _read_layers(path: Path) -> dict[str, Any]:
+def _read_layers(path: Path, num_layers: int | None) -> dict[str, Any]:
+    if path.stat().st_size > MOST_BYTES:
+        raise DeltaConfigError(f"{path} is no calibration: it has more than {MOST_BYTES} bytes")
     try:
-        found = json.loads(path.read_text())["delta"]
-        layers = {name: found[name] for name in ("full_layers", "selection_layers")}
+        content = json.loads(path.read_text())
+        layers = {name: content["delta"][name] for name in ("full_layers", "selection_layers")}
         DeltaConfig.from_additional_config({"delta": layers})
-    except (ValueError, KeyError, TypeError) as error:
+        made_for = content.get("calibration", {}).get("num_layers", num_layers)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DeltaConfigError(
             f'{path} is no calibration: it needs full_layers and selection_layers under "delta" ({error!r})'
         ) from error
+    if num_layers is not None and made_for != num_layers:
+        raise DeltaConfigError(
+            f"{path} was made for a model of {made_for} layers, and this one has {num_layers}"
+        )
     return layers

@@ -1,5 +1,18 @@
-"""Prompts for models that reason, where no others are given: each takes many steps to answer."""
+"""What a calibration lets a model answer: prompts of a file, or those that are built in. Without vLLM."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+#: From a chat's messages to token ids.
+Chat = Callable[[Any], list[int]]
+
+#: For models that reason: each takes many steps to answer.
 PROMPTS = (
     "How many integers from 1 to 2000 are divisible by 3 or by 5, but not by 7? Show each step.",
     "Find all pairs of positive integers (a, b) with a <= b and 1/a + 1/b = 1/12. Check every pair you list.",
@@ -22,3 +35,84 @@ PROMPTS = (
     "Find the number of sequences of ten coin flips in which heads never occur three times in a row. "
     "List the values of the recurrence.",
 )
+
+
+class CalibrationError(Exception):
+    """Stops a calibration; the message is for the person who started it."""
+
+
+def read_prompts(path: Path) -> list[tuple[str, Json]]:
+    """Entries of a file of prompts, and where each stands.
+
+    Args:
+        path: one prompt a line: JSON objects with "prompt", "prompt_token_ids" or "messages" (a chat), or
+            plain text, which becomes an entry with "text".
+
+    Raises:
+        CalibrationError: a file that cannot be read, no prompt in it, or an entry that is none.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise CalibrationError(f"--prompts: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"--prompts: {path} is no text: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            is_object = line.lstrip().startswith("{")
+            entries.append((place, _parse_object(place, line) if is_object else {"text": line}))
+    if not entries:
+        raise CalibrationError(f"--prompts: {path} has no prompt")
+    return entries
+
+
+def _parse_object(place: str, line: str) -> Json:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{place}: {error}") from error
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "prompt": lambda value: isinstance(value, str) and value != "",
+        "prompt_token_ids": lambda value: isinstance(value, list)
+        and value != []
+        and all(isinstance(token, int) for token in value),
+        "messages": lambda value: isinstance(value, list) and all(isinstance(m, dict) for m in value),
+    }
+    known = {name: entry[name] for name in kinds if name in entry}
+    if not known:
+        raise CalibrationError(f'{place}: neither "prompt", "prompt_token_ids" nor "messages"')
+    for name, value in known.items():
+        if not kinds[name](value):
+            wanted = {"prompt": "a text", "prompt_token_ids": "a list of numbers"}
+            raise CalibrationError(f'{place}: "{name}" must be {wanted.get(name, "a list of messages")}')
+    return known
+
+
+def render(entries: Sequence[tuple[str, Json]], chat: Chat | None) -> list[Json]:
+    """Entries of `read_prompts` as vLLM takes them.
+
+    Text is a chat's only message where `chat` can render one, and else the prompt.
+
+    Raises:
+        CalibrationError: messages for a model without a chat template, or that its template refuses.
+    """
+    prompts: list[Json] = []
+    for place, entry in entries:
+        messages = entry.get("messages")
+        if "text" in entry:
+            if chat is None:
+                prompts.append({"prompt": entry["text"]})
+                continue
+            messages = [{"role": "user", "content": entry["text"]}]
+        if messages is None:
+            prompts.append(entry)
+            continue
+        if chat is None:
+            raise CalibrationError(f"{place}: this model has no chat template for messages")
+        try:
+            prompts.append({"prompt_token_ids": chat(messages)})
+        except Exception as error:  # of the template's own
+            raise CalibrationError(f"{place}: the chat template refuses these messages: {error}") from error
+    return prompts

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_delta.calibration.engine import Answer, CalibrationError, Engine, Loss, Observed
+from vllm_delta.calibration.engine import Answer, Engine, Loss, Observed
+from vllm_delta.calibration.prompts import CalibrationError
 from vllm_delta.calibration.search import (
     Passes,
     attended_share,
@@ -20,8 +20,8 @@ from vllm_delta.calibration.search import (
     search,
     split_passes,
 )
-from vllm_delta.config import DeltaConfig
-from vllm_delta.plan import Role, make_plan
+from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.plan import Role, make_plan
 
 #: rows of each answer of which mass and distances are computed
 OBSERVED_ROWS = 16
@@ -250,8 +250,3 @@ def table(result: Result) -> str:
         share = attended_share(result.best.passes, result.eligible, budget, result.lengths)
         lines.append(f"{budget:>8}{share:>10.1%}{loss.divergence:>12.6f}{loss.agreement:>11.2%}")
     return "\n".join(lines)
-
-
-def write_settings(result: Result, path: Path) -> None:
-    """The file that ``--additional-config`` and ``"selection_layers": "auto"`` take."""
-    path.write_text(json.dumps(result.settings(), indent=1) + "\n")

@@ -6,10 +6,12 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from vllm_delta.integration.names import BACKEND_NAME
+
 if current_platform.is_cpu():
-    from vllm_delta.integration.cpu import DeltaCPUBackend as DeltaBackend
+    from vllm_delta.integration.cpu.backend import DeltaCPUBackend as DeltaBackend
 elif current_platform.is_cuda():
-    from vllm_delta.integration.cuda import DeltaCUDABackend as DeltaBackend
+    from vllm_delta.integration.cuda.backend import DeltaCUDABackend as DeltaBackend
 else:
     from vllm.v1.attention.backend import AttentionBackend
 
@@ -19,7 +21,7 @@ else:
         @staticmethod
         def get_name() -> str:
             """The registered name."""
-            return "DELTA"
+            return BACKEND_NAME
 
         @classmethod
         def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:

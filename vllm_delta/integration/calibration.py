@@ -1,9 +1,9 @@
 """One worker's part of a calibration: decode steps along a given text, under any plan, all at once.
 
 The tokens of a text from `first_row` on are decode rows, whoever wrote them: what a row computes does not
-depend on how many rows a step has (`vllm_delta.step`). So the text is one request whose prompt is said to end
-at `first_row`, and one pass of the model gives the distribution of the next token after every row, with the
-keys and values of earlier rows as DELTA itself computes them.
+depend on how many rows a step has (`vllm_delta.method.step`). So the text is one request whose prompt is said
+to end at `first_row`, and one pass of the model gives the distribution of the next token after every row,
+with the keys and values of earlier rows as DELTA itself computes them.
 
 Distributions are compared by the divergence from full attention's, ``KL = sum_v p(v) log(p(v) / q(v))`` in
 nats, with p of full attention, over its `LIKELIEST` tokens and all others as one. What layers attend to is
@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_delta import reference
-from vllm_delta.config import DeltaConfig
-from vllm_delta.plan import make_plan
-from vllm_delta.policies.rows import Layer, RowIndex
+from vllm_delta.integration.worker_state import WorkerState
+from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.plan import make_plan
+from vllm_delta.method.rows import ALL_PAGES
+from vllm_delta.plain.rivals.oracle import Oracle
+from vllm_delta.plain.rows import Layer, RowIndex
 
 #: log-probabilities that are computed at a time
 PROBABILITIES_AT_A_TIME = 10_000_000
@@ -99,7 +100,7 @@ class Observations:
     rows: int = 0
     mass: dict[tuple[int, int], float] = field(default_factory=dict)
     distance: dict[int, float] = field(default_factory=dict)
-    #: of the current step, by row: the pages that layers chose so far, and the last one's attention
+    #: of the current step, by row: the tokens that layers chose so far, as masks; the last layer's attention
     chosen: dict[RowIndex, dict[int, Tensor]] = field(default_factory=dict)
     previous: dict[RowIndex, Tensor] = field(default_factory=dict)
 
@@ -110,15 +111,10 @@ class Calibration:
     One request at a time, without CUDA graphs, prefix caching and pipeline parallelism.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, state: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, state: WorkerState[Any]) -> None:
         self._state = state
         self._start: DeltaConfig = state.config
         self._compute_logits: Any = model.compute_logits
-        self._impls = {
-            extract_layer_index(name): layer.impl
-            for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
-            if getattr(layer.impl, "role", None) is not None
-        }
         self._rows_at_a_time = max(1, PROBABILITIES_AT_A_TIME // vllm_config.model_config.get_vocab_size())
         self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._kept: dict[int, Distributions] = {}
@@ -141,7 +137,7 @@ class Calibration:
 
     def layers(self) -> list[int]:
         """Indices of the layers that a plan may make sparse, ascending."""
-        return sorted(self._impls)
+        return sorted(self._state.plan.roles)
 
     def use(self, settings: Mapping[str, Any]) -> None:
         """Change the settings to those of the start, but for these.
@@ -151,16 +147,9 @@ class Calibration:
         Raises:
             DeltaConfigError: as at a start.
         """
-        state = self._state
         known = dataclasses.asdict(self._start) | dict(settings)
         config = DeltaConfig.from_additional_config({"delta": known})
-        plan = make_plan(config, self.layers(), self._num_layers)
-        for layer, role in plan.roles.items():
-            self._impls[layer].role = role
-        state.config, state.plan = config, plan
-        if hasattr(state, "selection"):  # the GPU's kernels have their own form of the settings
-            names = [part.name for part in dataclasses.fields(state.selection)]
-            state.selection = type(state.selection)(**{name: getattr(config, name) for name in names})
+        self._state.use(config, make_plan(config, self.layers(), self._num_layers))
 
     def begin(
         self,
@@ -181,7 +170,7 @@ class Calibration:
         """
         expected = None if against is None else self._kept.get(against)
         self._text = Text(first_row, length, expected, keep, observe_every)
-        self._state.observer = self._observe if observe_every else None
+        self._state.aside.observer = self._observe if observe_every else None
 
     def end(self) -> tuple[list[float], list[int]]:
         """The rows' divergences (none unless compared), and the likeliest tokens before and after each.
@@ -189,7 +178,7 @@ class Calibration:
         Both are empty on tensor parallel ranks that do not see distributions.
         """
         text, self._text = self._text, None
-        self._state.observer = None
+        self._state.aside.observer = None
         assert text is not None
         if text.keep is not None and text.kept:
             self._kept[text.keep] = Distributions.join(text.kept)
@@ -204,11 +193,10 @@ class Calibration:
             "distance": [[layer, value / rows] for layer, value in seen.distance.items()],
         }
 
-    def _prompt_lens(self, batch: Any) -> Tensor:
-        """Of a batch of one request; as DELTA's workers tell it (`batch` is their argument)."""
-        count = batch if isinstance(batch, int) else batch.num_reqs
+    def _prompt_lens(self, common: CommonAttentionMetadata) -> Tensor:
+        """Of a batch of one request, in place of what DELTA's worker knows."""
         first_row = 1 << 30 if self._text is None else self._text.first_row
-        return torch.full((count,), first_row, dtype=torch.int64)
+        return torch.full((common.num_reqs,), first_row, dtype=torch.int64)
 
     @torch.inference_mode()
     def _after_forward(self, _model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -246,18 +234,18 @@ class Calibration:
         text, config, seen = self._text, self._state.config, self._seen
         assert text is not None
         for row in rows:
-            if row.dense or row.length % text.observe_every:
+            if row.kept_pages == ALL_PAGES or row.length % text.observe_every:
                 continue
-            probabilities = layer.rows([row]).probabilities()[0]
-            attention = probabilities.mean(0)
-            pages = reference.page_scores(attention[None], config.page_size)
+            these = layer.rows([row])
+            attention = these.probabilities()[0].mean(0)
             chosen = seen.chosen.setdefault(row, {})
             seen.rows += not chosen
-            for other, its_pages in chosen.items():
-                seen.mass[other, index] = seen.mass.get((other, index), 0) + float(pages[its_pages].sum())
-            scores = reference.page_scores(probabilities, config.page_size).cpu()
-            kept = reference.select_pages(scores, config.budget_pages, config.recent_pages, config.sink_pages)
-            chosen[index] = kept.to(pages.device)
+            for other, its_tokens in chosen.items():
+                seen.mass[other, index] = seen.mass.get((other, index), 0) + float(
+                    attention[its_tokens].sum()
+                )
+            fits = row.length <= config.budget_tokens
+            chosen[index] = (these.visible if fits else Oracle(config).choose(these))[0, 0]
             if row in seen.previous:
                 cosine = torch.cosine_similarity(seen.previous[row], attention, 0)
                 seen.distance[index] = seen.distance.get(index, 0) + float(1 - cosine)

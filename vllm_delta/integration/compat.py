@@ -1,17 +1,29 @@
 """The vLLM versions that DELTA supports, and what to check when vLLM moves.
 
-When vLLM moves, check in its source:
+When vLLM moves, run ``pytest tests/test_compat.py`` with the new version first: it compares what we rely on
+with what is installed, and names what moved. `RELIED_ON` is its list. Beside names and signatures, check:
 
-- ``v1/attention/backends/registry.py``: `register_backend` still adds members to `AttentionBackendEnum`,
-  and these still pickle by value (`plugin.register_backend` cures that).
-- ``v1/attention/backends/cpu_attn.py``: the signatures of `CPUAttentionBackendImpl.forward` and
-  `CPUAttentionMetadataBuilder.build`, the fields of `CPUAttentionMetadata`, and `_get_attn_isa`: a new name
-  there means a cache layout that the kernels do not know.
-- ``v1/attention/backend.py``: the fields of `CommonAttentionMetadata` that `cpu.py` reads and replaces.
-- ``platforms/cpu.py``: `get_attn_backend_cls`, `check_and_update_config`, `update_block_size_for_backend`,
-  and the name of the worker class.
-- ``v1/worker/gpu_model_runner.py``: `input_batch.num_prompt_tokens_cpu_tensor`, in the batch's order.
-- new options that change what attention means: `validation.py` refuses those that DELTA does not serve.
+Everywhere
+- ``v1/attention/backends/registry.py``: members of `AttentionBackendEnum` still pickle by value
+  (`plugin.register_backend` cures that).
+- ``v1/attention/backend.py``: the meaning of the fields of `CommonAttentionMetadata` that the builders read
+  and replace.
+- new options that change what attention means, or when layers run: `validation.py` refuses those that DELTA
+  does not support; ``tests/test_options.py`` fails for one that nobody has looked at.
+
+On the CPU
+- ``v1/attention/backends/cpu_attn.py``: a new name in `_get_attn_isa` means a cache layout that the kernels
+  do not know.
+- ``platforms/cpu.py``: the order in which `check_and_update_config` and `update_block_size_for_backend` run.
+
+On a GPU
+- ``v1/attention/backends/flash_attn.py``: what `FlashAttentionMetadataBuilder.build` schedules ahead unless
+  `fast_build` is set, and that the KV cache holds a token's value behind its key.
+- ``v1/worker/gpu/model_runner.py`` and ``v1/worker/gpu_model_runner.py``: that the profiling run calls layers
+  without metadata, before the KV cache is sized; that `build` runs before every step, also one that replays
+  a graph; that padded rows have length 0.
+- ``config/compilation.py``: what becomes of graphs under `UNIFORM_SINGLE_TOKEN_DECODE`.
+- torch and Triton that come with it: run the GPU suite, and `benchmarks/kernels.py` before and after.
 
 Then run the whole test suite, add the version below, and say so in the changelog.
 """
@@ -20,7 +32,8 @@ from __future__ import annotations
 
 import re
 
-#: Minor versions of vLLM that DELTA is made for. 0.32 is tested; 0.33 by reading its source.
+#: Minor versions of vLLM that DELTA is made for. The set-up, the documentation and the warning at a server's
+#: start follow this line.
 SUPPORTED_VLLM = ("0.32", "0.33")
 
 

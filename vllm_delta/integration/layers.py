@@ -1,95 +1,155 @@
-"""A worker's attention layers, their plan and the state they share, the same on every platform."""
+"""A worker's attention layers, which of them may be sparse, and their part of the model's plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_delta.config import DeltaConfig, DeltaConfigError
-from vllm_delta.integration.validation import declared_full_attention_layers
-from vllm_delta.plan import Plan, Role, make_plan
+from vllm_delta.integration.validation import declared_layers
+from vllm_delta.integration.worker_state import WorkerState
+from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.plan import Plan, Role, make_plan
 
 logger = init_logger(f"vllm.{__name__}")
 
 
+class DeltaLayer:
+    """What the attention of a layer is told, on every platform; once, before the first step."""
+
+    #: vLLM's: of the layer's window, in the platform's way to say so
+    sliding_window: Any
+    #: what it shares with the worker's other layers
+    state: WorkerState[Any] | None = None
+    #: the model's index of a layer that may be sparse; None for another
+    layer_index: int | None = None
+    #: the layers of the whole model that may be sparse, where they lie on several pipeline ranks
+    eligible_in_model: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True)
 class LocalLayers:
-    """This worker's attention layers that a class of DELTA's serves, by the model's layer index."""
+    """This worker's attention layers that DELTA runs."""
 
-    served: dict[int, Attention]
-    #: of those, the ones that may be sparse: full attention, and not of a draft model
+    #: all of them
+    layers: list[Attention]
+    #: those that may be sparse, by the model's layer index: full attention, and not of a draft model
     eligible: dict[int, Attention]
     plan: Plan
 
-    def share(self, state: Any) -> None:
-        """Hand a worker's state and their roles to all layers; tell the user."""
-        for index, layer in self.served.items():
-            layer.impl.delta = state
-            layer.impl.role = self.plan.roles.get(index)
+    def share(self, state: WorkerState[Any]) -> None:
+        """Hand the worker's state to all layers; tell the user of the plan."""
+        for layer in self.layers:
+            layer.impl.state = state
+        for index, layer in self.eligible.items():
+            layer.impl.layer_index = index
         if get_tensor_model_parallel_rank() == 0:
             _log_plan(state.config, self.plan, state.nbytes)
 
 
-def find_state(vllm_config: VllmConfig) -> Any:
+def find_state(vllm_config: VllmConfig) -> WorkerState[Any] | None:
     """The state that this worker's layers share; None where DELTA is not set up."""
-    for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
-        state = getattr(layer.impl, "delta", None)
-        if state is not None:
+    for layer in delta_layers(vllm_config):
+        if layer.impl.state is not None:
+            state: WorkerState[Any] = layer.impl.state
             return state
     return None
 
 
-def local_layers(config: DeltaConfig, vllm_config: VllmConfig, impl_class: type) -> LocalLayers:
-    """The layers that are served by `impl_class`, and their plan.
+def delta_layers(vllm_config: VllmConfig) -> list[Attention]:
+    """This worker's attention layers that DELTA runs."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    return [layer for layer in layers if isinstance(layer.impl, DeltaLayer)]
+
+
+def local_layers(config: DeltaConfig, vllm_config: VllmConfig) -> LocalLayers:
+    """This worker's layers and their plan.
 
     Raises:
-        DeltaConfigError: no layer has full attention, or the settings name layers that are not there.
+        DeltaConfigError: no layer of the model has full attention, two have the same index, or the settings
+            name layers that are not there.
     """
-    served = {
-        extract_layer_index(name): layer
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
-        if isinstance(layer.impl, impl_class)
-    }
-    eligible = {index: layer for index, layer in served.items() if is_eligible(layer)}
+    layers = delta_layers(vllm_config)
+    eligible = _eligible(layers)
+    return LocalLayers(layers, eligible, _make_local_plan(config, vllm_config, eligible))
+
+
+def is_eligible(layer: Attention) -> bool:
+    """Whether a layer that DELTA runs may be sparse."""
+    no_window = layer.impl.sliding_window in (-1, (-1, -1))  # the CPU's and FlashAttention's ways to say so
+    return type(layer) is Attention and no_window and not getattr(layer, "is_draft_layer", False)
+
+
+def exchange_layers(vllm_config: VllmConfig) -> None:
+    """Tell all pipeline ranks which layers of the others may be sparse: a rank builds its own alone.
+
+    To be called on every rank, when its model is built.
+    """
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return
+    group = get_pp_group()
+    of_ranks: list[list[int]] = [[] for _ in range(group.world_size)]
+    layers = delta_layers(vllm_config)
+    torch.distributed.all_gather_object(of_ranks, sorted(_eligible(layers)), group=group.cpu_group)
+    everywhere = tuple(sorted(index for of_rank in of_ranks for index in of_rank))
+    for layer in layers:
+        layer.impl.eligible_in_model = everywhere
+
+
+def _eligible(layers: list[Attention]) -> dict[int, Attention]:
+    eligible: dict[int, Attention] = {}
+    for layer in filter(is_eligible, layers):
+        index = extract_layer_index(layer.layer_name)
+        if index in eligible:
+            raise DeltaConfigError(
+                f"layers {eligible[index].layer_name} and {layer.layer_name} have the same index; accepted: "
+                "models with one stack of decoder layers"
+            )
+        eligible[index] = layer
+    return dict(sorted(eligible.items()))
+
+
+def _make_local_plan(config: DeltaConfig, vllm_config: VllmConfig, local: dict[int, Attention]) -> Plan:
+    """This rank's part of the model's plan."""
+    model = vllm_config.model_config
+    eligible = _eligible_in_model(vllm_config, local)
     if not eligible:
         raise DeltaConfigError(
             "DELTA was selected for a model that has no layer with full attention; accepted: models "
             "that have some"
         )
-    return LocalLayers(served, eligible, _make_local_plan(config, vllm_config, set(served), set(eligible)))
-
-
-def is_eligible(layer: Attention) -> bool:
-    """Whether a layer that DELTA serves may be sparse."""
-    no_window = layer.impl.sliding_window in (-1, (-1, -1))  # the CPU's and FlashAttention's ways to say so
-    return type(layer) is Attention and no_window and not getattr(layer, "is_draft_layer", False)
-
-
-def _make_local_plan(
-    config: DeltaConfig, vllm_config: VllmConfig, local: set[int], local_eligible: set[int]
-) -> Plan:
-    """This rank's part of the model's plan.
-
-    A rank sees its own layers; which of the others are eligible is known from the model's configuration.
-    """
-    model = vllm_config.model_config
-    declared = set(declared_full_attention_layers(vllm_config))
-    eligible = sorted((declared - local) | local_eligible)
     num_layers = model.get_total_num_hidden_layers()
     text_config = model.hf_text_config
     known = (text_config.model_type, num_layers, getattr(text_config, "hidden_size", 0))
-    plan = make_plan(config, eligible, num_layers, known)
-    return plan.for_rank(sorted(local_eligible))
+    return make_plan(config, eligible, num_layers, known).for_rank(list(local))
+
+
+def _eligible_in_model(vllm_config: VllmConfig, local: dict[int, Attention]) -> list[int]:
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return list(local)
+    for layer in delta_layers(vllm_config):
+        if layer.impl.eligible_in_model is not None:
+            return list(layer.impl.eligible_in_model)
+    declared = declared_layers(vllm_config.model_config)
+    if declared is None:
+        raise DeltaConfigError(
+            f"--worker-cls {vllm_config.parallel_config.worker_cls} with --pipeline-parallel-size: the ranks "
+            "do not know each other's layers; accepted: vLLM's own worker, which DELTA extends"
+        )
+    return declared
 
 
 def _log_plan(config: DeltaConfig, plan: Plan, nbytes: int) -> None:
     """Tell the user what was decided; `nbytes` is the memory that DELTA holds."""
+    if not plan.roles:
+        logger.info("DELTA: this pipeline rank has no layer with full attention, and nothing to save")
+        return
     if plan.policy != "delta":
         saving = "in plain PyTorch, which saves no time"
     elif plan.layers(Role.SPARSE):

@@ -6,7 +6,6 @@ overridden there. Everything else is the platform's, and nothing changes while a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,52 +14,44 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.version import __version__ as vllm_version
 
-from vllm_delta.calibration.file import with_calibrated_layers
-from vllm_delta.config import DeltaConfig
 from vllm_delta.integration.compat import unsupported_version
-from vllm_delta.integration.plugin import BACKEND_NAME
-from vllm_delta.integration.validation import (
-    GPU_PAGE_SIZES,
-    check_config,
-    check_cpu_cache,
-    selects_delta,
-)
-from vllm_delta.ops import PAGE_SIZES
+from vllm_delta.integration.names import BACKEND_NAME, CPU_BACKEND_PATH, WORKERS
+from vllm_delta.integration.settings import prepare, selects_delta, settings_of
+from vllm_delta.integration.validation import check_config, check_cpu_cache
+from vllm_delta.kernels.limits import CPU, GPU
+from vllm_delta.method.config import DeltaConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
-_CPU_BACKEND_PATH = "vllm_delta.integration.cpu.DeltaCPUBackend"
-
-#: vLLM's workers, and DELTA's in their place
-_WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_delta.integration.worker.DeltaCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_delta.integration.gpu_worker.DeltaGPUWorker",
-}
-
 
 class DeltaPlatformMixin:
-    """What DELTA changes about a platform class."""
+    """Marks a platform class that DELTA has changed. It adds no attribute: installing changes nothing."""
+
+
+class DeltaCudaPlatformMixin(DeltaPlatformMixin):
+    """What DELTA changes about a CUDA platform class."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Refuse what DELTA cannot serve before any process starts; choose DELTA's block size and worker."""
+        """Refuse what DELTA does not support before any process starts; choose DELTA's worker."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        if not selects_delta(vllm_config):
-            return
-        _adopt_calibration(vllm_config)
-        warning = unsupported_version(vllm_version)
-        if warning is not None:
-            logger.warning_once(warning)
-        if issubclass(cls, DeltaCpuPlatformMixin):
-            _prepare_cpu(vllm_config)
-        else:
-            check_config(vllm_config, GPU_PAGE_SIZES)  # the block size is chosen later, and checked then
-        parallel = vllm_config.parallel_config
-        parallel.worker_cls = _WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+        if _is_ours(vllm_config):
+            config = _prepare(vllm_config)
+            check_config(config, vllm_config, GPU)  # the block size is chosen later, and checked then
 
 
 class DeltaCpuPlatformMixin(DeltaPlatformMixin):
     """What DELTA changes about a CPU platform class."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """As on a GPU; choose the block size, and check also what vLLM's CPU platform does not."""
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if _is_ours(vllm_config):
+            config = _prepare(vllm_config)
+            choose_block_size(config, vllm_config)
+            check_config(config, vllm_config, CPU)
+            check_cpu_cache(vllm_config)
 
     @classmethod
     def get_attn_backend_cls(
@@ -68,7 +59,7 @@ class DeltaCpuPlatformMixin(DeltaPlatformMixin):
     ) -> str:
         """Path of the class of the attention backend; DELTA's where it is selected."""
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
-            return _CPU_BACKEND_PATH
+            return CPU_BACKEND_PATH
         return super().get_attn_backend_cls(  # type: ignore[misc,no-any-return]
             selected_backend, attn_selector_config, *args, **kwargs
         )
@@ -78,27 +69,27 @@ class DeltaCpuPlatformMixin(DeltaPlatformMixin):
         """Keep DELTA's block size, where vLLM (from 0.33 on) sets its own when the model is loaded."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if selects_delta(vllm_config):
-            choose_block_size(vllm_config)
+            choose_block_size(settings_of(vllm_config), vllm_config)
 
 
-def _adopt_calibration(vllm_config: Any) -> None:
-    """Write a calibration's layers into the settings, with which they travel to every process."""
-    additional = vllm_config.additional_config
-    if vllm_config.model_config is None or not isinstance(additional, Mapping):
-        return
-    settings = with_calibrated_layers(additional.get("delta", {}), vllm_config.model_config.model)
-    if settings:
-        vllm_config.additional_config = {**additional, "delta": settings}
+def _is_ours(vllm_config: Any) -> bool:
+    """Whether DELTA is selected; the check runs again for a draft model, whose layers are not DELTA's."""
+    model = vllm_config.model_config
+    return selects_delta(vllm_config) and (model is None or model.runner_type != "draft")
 
 
-def _prepare_cpu(vllm_config: Any) -> None:
-    """Choose the block size, and check what vLLM's CPU platform does not."""
-    choose_block_size(vllm_config)
-    check_config(vllm_config, PAGE_SIZES)
-    check_cpu_cache(vllm_config)
+def _prepare(vllm_config: Any) -> DeltaConfig:
+    """The settings, a calibration's included; DELTA's worker in place of vLLM's."""
+    warning = unsupported_version(vllm_version)
+    if warning is not None:
+        logger.warning_once(warning)
+    config = prepare(vllm_config)
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+    return config
 
 
-def choose_block_size(vllm_config: Any) -> None:
+def choose_block_size(config: DeltaConfig, vllm_config: Any) -> None:
     """Make a KV block one page, where the user has not chosen its size.
 
     A page of 16 tokens in a block of 128 is scattered over half the block's cache lines, since keys lie
@@ -108,9 +99,8 @@ def choose_block_size(vllm_config: Any) -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if cache.user_specified_block_size or model is None or model.is_hybrid:
         return
-    page_size = DeltaConfig.from_additional_config(vllm_config.additional_config).page_size
     uses_amx = model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    cache.block_size = max(page_size, 32 if uses_amx else 16)
+    cache.block_size = max(config.page_size, 32 if uses_amx else 16)
 
 
 _base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
@@ -134,7 +124,7 @@ def adopt_platform(platform: Any) -> None:
         mixin: type = DeltaCpuPlatformMixin
         logger.info("DELTA is added to the active platform, %s", base.__name__)
     elif platform.is_cuda():
-        mixin = DeltaPlatformMixin
+        mixin = DeltaCudaPlatformMixin
     else:
         return
     platform.__class__ = type(f"Delta{base.__name__}", (mixin, base), {})

@@ -7,12 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: What users select with ``--attention-backend``.
-BACKEND_NAME = "DELTA"
-
-_BACKEND_PATH = "vllm_delta.integration.backend.DeltaBackend"
-_PLATFORM_PATH = "vllm_delta.integration.platform.DeltaCpuPlatform"
-_PLATFORM_GROUP = "vllm.platform_plugins"
+from vllm_delta.integration.names import BACKEND_NAME, BACKEND_PATH, CPU_PLATFORM_PATH, PLATFORM_PLUGINS
 
 
 def register() -> None:
@@ -39,12 +34,12 @@ def platform_plugin() -> str | None:
     register_backend()
     from importlib.metadata import entry_points
 
-    others = [entry for entry in entry_points(group=_PLATFORM_GROUP) if entry.name != "delta"]
+    others = [entry for entry in entry_points(group=PLATFORM_PLUGINS) if entry.name != "delta"]
     if others:
         return None
     from vllm.platforms import cpu_platform_plugin
 
-    return _PLATFORM_PATH if cpu_platform_plugin() else None
+    return CPU_PLATFORM_PATH if cpu_platform_plugin() else None
 
 
 def register_backend() -> None:
@@ -54,7 +49,7 @@ def register_backend() -> None:
     backends = registry.AttentionBackendEnum
     if BACKEND_NAME in backends.__members__:
         return
-    registry.register_backend(BACKEND_NAME, _BACKEND_PATH)
+    registry.register_backend(BACKEND_NAME, BACKEND_PATH)
     # Members of an enum pickle by value, and a new process unpickles vLLM's configuration before it loads
     # plugins, when the value does not exist yet. Pickled as a call to a function of ours, the member brings
     # its registration along.

@@ -1,0 +1,54 @@
+"""What the layers of one CPU worker share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+
+from vllm_delta.integration.cpu.metadata import LayerGroup
+from vllm_delta.integration.layers import find_state, local_layers
+from vllm_delta.integration.settings import settings_of
+from vllm_delta.integration.worker_state import WorkerState
+from vllm_delta.kernels.cpu import ops
+from vllm_delta.kernels.types import SelectionTable
+from vllm_delta.method.counters import Counters
+
+
+@dataclass(kw_only=True)
+class CPUState(WorkerState[LayerGroup]):
+    """One per worker, with the kernels' scratch memory."""
+
+    #: see `vllm_delta.kernels.cpu.ops.allocate_workspace`
+    workspace: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that DELTA holds."""
+        return super().nbytes + self.workspace.nbytes
+
+
+def set_up(vllm_config: VllmConfig) -> CPUState:
+    """The worker's state; made, and handed to all its layers, by the first builder that asks."""
+    state = find_state(vllm_config)
+    if state is not None:
+        assert isinstance(state, CPUState)
+        return state
+    config = settings_of(vllm_config)
+    layers = local_layers(config, vllm_config)
+    scheduler, max_length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    # Every token of a step may be a decode row, but a sequence has no more than it may have.
+    max_rows = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_length)
+    sizes = {(layer.impl.num_heads, layer.impl.head_size) for layer in layers.eligible.values()}
+    workspaces = [ops.allocate_workspace(max_length, *size) for size in sizes]
+    state = CPUState(
+        config=config,
+        plan=layers.plan,
+        counters=Counters(),
+        table=SelectionTable.allocate(max_rows, config.most_kept_pages(max_length)) if sizes else None,
+        workspace=max(workspaces, key=Tensor.numel, default=torch.empty(0)),
+    )
+    layers.share(state)
+    return state

@@ -1,0 +1,169 @@
+"""Prepares each step on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, LayerGroup, PrefillPart
+from vllm_delta.integration.cuda.state import layer_shape, set_up
+from vllm_delta.integration.layers import DeltaLayer
+from vllm_delta.integration.settings import settings_of
+from vllm_delta.integration.validation import check_block_size
+from vllm_delta.kernels.gpu.layer import LayerShape
+from vllm_delta.kernels.gpu.ops import most_full_rows
+from vllm_delta.method.plan import Plan, Role
+from vllm_delta.method.rows import DecodeRows
+from vllm_delta.method.step import PrefillBatch, split_step
+from vllm_delta.plain.rows import RowIndex
+
+#: FlashAttention's layers that in a step of single tokens schedule their own work, on the GPU. Once for all,
+#: ahead, it takes the host's time.
+MOST_SELF_SCHEDULED = 4
+
+
+class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """One per KV cache group."""
+
+    # A table of one group must not be reused with another group's blocks.
+    supports_update_block_table = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs for steps of single tokens; a graph of a mixed step would freeze how it is split.
+
+        None where the attention call needs Python: for policies other than DELTA, and to measure recall.
+        """
+        if not settings_of(vllm_config).runs_kernels_alone:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.state = set_up(vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+        impls = [layer.impl for layer in layers if isinstance(layer.impl, DeltaLayer)]
+        eligible = {impl.layer_index: impl for impl in impls if impl.layer_index is not None}
+        others = [impl for impl in impls if impl.layer_index is None]
+        self._sliding = sum(impl.sliding_window != (-1, -1) for impl in others)
+        self._not_eligible = len(others) - self._sliding
+        self.group = LayerGroup(tuple(sorted(eligible)))
+        self._counted_plan: Plan | None = None
+        self._full_layers = 0
+        if eligible:
+            shape = layer_shape(next(iter(eligible.values())))
+            self.group = LayerGroup(self.group.layers, shape)
+            self._most_full_rows = most_full_rows(shape, self.state.itemsize, device)
+            check_block_size(self.state.config, self.block_size)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> DeltaCUDAMetadata:
+        """Split the batch into decode rows and prefill tokens, and the rows into launches."""
+        common, state = common_attn_metadata, self.state
+        single = common.max_query_len == 1
+        whole = super().build(common_prefix_len, common, fast_build or (single and self._has_few_of_vllm()))
+        metadata = DeltaCUDAMetadata(**vars(whole), group=self.group)
+        state.counters.add_dense_rows("sliding_window", self._sliding * common.num_actual_tokens)
+        state.counters.add_dense_rows("not_eligible", self._not_eligible * common.num_actual_tokens)
+        if self.group.shape is None:
+            return metadata
+        metadata.plan = state.plan
+        prompt_lens = state.prompt_lens_of(common, common.seq_lens_cpu_upper_bound)
+        if single:
+            rows: DecodeRows | None = state.single_token_rows(common, prompt_lens)
+        else:
+            rows, metadata.prefill = self._split(common, prompt_lens)
+        metadata.step = state.begin_step(self.group, has_rows=rows is not None)
+        if rows is not None:
+            self._add_rows(metadata, rows, self.group.shape, single=single)
+        return metadata
+
+    def _has_few_of_vllm(self) -> bool:
+        """Whether vLLM runs so few layers of a single-token step that they schedule themselves."""
+        if self._sliding + self._not_eligible:
+            return False
+        if self._counted_plan is not self.state.plan:  # counted once, not in every step
+            self._counted_plan = self.state.plan
+            self._full_layers = self._counted_plan.count(Role.FULL, self.group.layers)
+        return self._full_layers <= MOST_SELF_SCHEDULED
+
+    def _add_rows(
+        self, metadata: DeltaCUDAMetadata, rows: DecodeRows, shape: LayerShape, *, single: bool
+    ) -> None:
+        metadata.launches = self.state.cut(rows, shape)
+        if self.state.aside.is_needed(self.state.config):
+            metadata.row_indices = _row_indices(rows)
+        else:
+            metadata.appends = single
+            metadata.runs_full_layers = single and len(rows) <= self._most_full_rows
+
+    def _split(
+        self, common: CommonAttentionMetadata, prompt_lens: Tensor
+    ) -> tuple[DecodeRows | None, PrefillPart | None]:
+        """The decode rows of a mixed step, and its prefill part where there are rows, too."""
+        lengths = common.seq_lens_cpu_upper_bound  # exact for prefill, and where nothing is speculated
+        count = len(prompt_lens)
+        kept_pages = torch.full((count,), self.state.config.budget_pages, dtype=torch.int32)
+        step = split_step(common.query_start_loc_cpu[: count + 1], lengths[:count], prompt_lens, kept_pages)
+        self.state.counters.add_dense_rows("prefill", step.num_prefill_tokens * len(self.group.layers))
+        if step.rows is None:
+            return None, None
+        rows = step.rows
+        before_end = (lengths[:count][rows.requests.long()] - rows.lengths).int()
+        packed = torch.stack([rows.tokens, rows.requests, before_end, rows.kept_pages])
+        tokens, requests, before_end, kept_pages = self._to_device(packed).unbind()
+        lengths = common.seq_lens.index_select(0, requests) - before_end
+        prefill = None if step.prefill is None else self._prefill_part(common, step.prefill)
+        return DecodeRows(tokens, requests, lengths, kept_pages), prefill
+
+    def _prefill_part(self, common: CommonAttentionMetadata, prefill: PrefillBatch) -> PrefillPart:
+        tokens, requests = (_neighbours(index) for index in (prefill.tokens, prefill.requests))
+        if not isinstance(tokens, slice):
+            tokens = self._to_device(tokens)
+        if not isinstance(requests, slice):
+            requests = self._to_device(requests)
+        batch = dataclasses.replace(
+            common,
+            query_start_loc=self._to_device(prefill.query_start_loc),
+            query_start_loc_cpu=prefill.query_start_loc,
+            seq_lens=self._to_device(prefill.seq_lens),
+            seq_lens_cpu_upper_bound=prefill.seq_lens,
+            num_reqs=len(prefill.seq_lens),
+            num_actual_tokens=len(prefill.tokens),
+            max_query_len=prefill.max_query_len,
+            max_seq_len=prefill.max_seq_len,
+            block_table_tensor=common.block_table_tensor[requests],
+            slot_mapping=common.slot_mapping[tokens],
+        )
+        # fast_build: the schedule made ahead lies in one buffer, which holds the whole batch's.
+        return PrefillPart(tokens, super().build(0, batch, fast_build=True))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _row_indices(rows: DecodeRows) -> list[RowIndex]:
+    """The rows where Python can read them, which waits for the GPU."""
+    columns = torch.stack([rows.tokens, rows.requests, rows.lengths, rows.kept_pages]).tolist()
+    return [RowIndex(*row) for row in zip(*columns, strict=True)]
+
+
+def _neighbours(indices: Tensor) -> slice | Tensor:
+    """A slice for ascending indices without gaps, else the indices."""
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first + 1 == len(indices) and bool((indices.diff() == 1).all()):
+        return slice(first, last + 1)
+    return indices

@@ -1,0 +1,67 @@
+"""DELTA's settings of one engine: who reads them out of vLLM's configuration, and what is put into it.
+
+`prepare` runs in the platform's check, once for an engine. It writes what a calibration says into
+``additional_config``, with which it travels to every process; from then on `settings_of` is what reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_delta.calibration.file import with_calibrated_layers
+from vllm_delta.integration.names import BACKEND_NAME
+from vllm_delta.method.config import DeltaConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def selects_delta(vllm_config: Any) -> bool:
+    """Whether this configuration selects DELTA, for all layers or for a kind of them."""
+    attention = vllm_config.attention_config
+    selected = [attention.backend, *attention.backend_per_kind.values()]
+    return any(backend is not None and backend.name == BACKEND_NAME for backend in selected)
+
+
+def settings_of(vllm_config: Any) -> DeltaConfig:
+    """The settings of an engine.
+
+    Raises:
+        DeltaConfigError: as `DeltaConfig.from_additional_config` does.
+    """
+    return DeltaConfig.from_additional_config(vllm_config.additional_config)
+
+
+def prepare(vllm_config: Any) -> DeltaConfig:
+    """Adopt a calibration's layers; warn of settings that stand in the wrong place.
+
+    Raises:
+        DeltaConfigError: a wrong setting, or a wrong calibration.
+    """
+    additional = vllm_config.additional_config
+    if isinstance(additional, Mapping):
+        _warn_of_misplaced(additional)
+        model = vllm_config.model_config
+        if model is not None:
+            num_layers = model.get_total_num_hidden_layers()
+            settings = with_calibrated_layers(additional.get("delta", {}), model.model, num_layers)
+            if settings:
+                vllm_config.additional_config = {**additional, "delta": settings}
+    return settings_of(vllm_config)
+
+
+def _warn_of_misplaced(additional: Mapping[str, Any]) -> None:
+    """Keys that would be settings stand beside "delta", not in it; they may be another plugin's, too."""
+    names = {field.name for field in fields(DeltaConfig)}
+    misplaced = [
+        key for key in additional if key in names or (key != "delta" and str(key).lower() == "delta")
+    ]
+    if misplaced:
+        logger.warning(
+            'DELTA: %s in --additional-config stands outside of "delta" and is not used; '
+            'settings go into {"delta": {...}}',
+            ", ".join(misplaced),
+        )

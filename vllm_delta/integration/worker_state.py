@@ -1,0 +1,102 @@
+"""What the layers of one worker share, whatever the platform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_delta.integration.aside import Aside
+from vllm_delta.kernels.types import SelectionTable
+from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.counters import Counters
+from vllm_delta.method.plan import Plan
+from vllm_delta.method.rows import SelectionRule
+
+Group = TypeVar("Group")
+
+#: Tokens of each prompt of a batch, int ``[requests]`` on the CPU, or None where they are not known.
+PromptLens = Callable[[CommonAttentionMetadata], Tensor | None]
+
+
+@dataclass(kw_only=True)
+class WorkerState(Generic[Group]):
+    """One per worker: settings, plan, counters, and the selection table of the current step.
+
+    Layers run one after another, so one table and one workspace do for all. `Group` is what a platform
+    knows of a KV cache group; groups of the same layers are equal.
+    """
+
+    config: DeltaConfig
+    plan: Plan
+    counters: Counters
+    #: of all rows of a step; None where this worker has no layer that may be sparse
+    table: SelectionTable | None
+    #: set by DELTA's worker
+    prompt_lens: PromptLens | None = None
+    aside: Aside = field(default_factory=Aside)
+    #: the first group that asked, whose steps count
+    first_group: Group | None = None
+    #: number of the current step
+    step: int = 0
+    #: the step and the group of the selection layer that wrote the table last
+    table_step: int = -1
+    table_group: Group | None = None
+    rule: SelectionRule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rule = self.config.rule
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that DELTA holds."""
+        return 0 if self.table is None else self.table.nbytes
+
+    def use(self, config: DeltaConfig, plan: Plan) -> None:
+        """Go on with other settings and another plan; not where CUDA graphs hold those of before.
+
+        The budget is at most, the page size at least that of the start, for which buffers were allocated.
+        """
+        self.config, self.plan, self.rule = config, plan, config.rule
+
+    def begin_step(self, group: Group, *, has_rows: bool) -> int:
+        """The number of the step that this group's metadata is built for; every group calls it once."""
+        if self.first_group is None:
+            self.first_group = group
+        if group == self.first_group:
+            self.step += 1
+            if has_rows:
+                self.aside.recall.next_step(self.config.recall_sample_steps)
+        return self.step
+
+    def table_for_writing(self, step: int, group: Group) -> SelectionTable:
+        """The table, which from now on is this step's and in this group's page frames."""
+        self.table_step, self.table_group = step, group
+        assert self.table is not None
+        return self.table
+
+    def table_for_reading(self, step: int) -> SelectionTable:
+        """The table that the nearest earlier selection layer wrote.
+
+        Raises:
+            RuntimeError: no selection layer has run in this step.
+        """
+        if self.table_step != step or self.table is None:
+            raise RuntimeError("a sparse layer ran before any selection layer of the same step")
+        return self.table
+
+    def prompt_lens_of(self, common: CommonAttentionMetadata, seq_lens: Tensor) -> Tensor:
+        """Tokens of each prompt, int ``[requests]`` on the CPU, without padding; `seq_lens` as well."""
+        if self.prompt_lens is not None:
+            prompt_lens = self.prompt_lens(common)
+            if prompt_lens is not None:
+                return prompt_lens
+        # Without DELTA's worker, and in runs that capture graphs, only vLLM's own distinction is known: what
+        # starts in the prompt is prefill as a whole.
+        if common.is_prefilling is None:
+            raise RuntimeError("vLLM did not say which requests are in their prompt")
+        return torch.where(common.is_prefilling, seq_lens[: len(common.is_prefilling)], 0)

@@ -1,0 +1,1 @@
+"""The kernels for x86-64 CPUs, in C++ (csrc/cpu)."""

@@ -1,0 +1,301 @@
+"""Attention of decode rows over the paged KV cache, in splits (`schedule`).
+
+For row r, query head h of a KV head, and the tokens t of a split (DELTA, arXiv 2510.09883; splits and their
+combination, in `combine`, as in Flash-Decoding):
+
+    x[t] = log2(e) * softcap(scale * q[h] . k[t])       l2 = log2 sum_t 2^x[t]
+    out  = sum_t 2^(x[t] - l2) v[t]
+
+The tokens are all of the row's, or those of the selection table's pages. A token's key and value stand side
+by side in the cache. The row's own, its last, may be given apart: then they are written to the cache first.
+Splits are combined by a launch of its own or, where most rows have one, by the last program that is done.
+
+A selection layer leaves its logits behind, as `logits` says.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_delta.kernels.gpu.combine import combine, combine_splits, count_row
+from vllm_delta.kernels.gpu.device import dependent_launch
+from vllm_delta.kernels.gpu.layer import CacheStrides, LayerInputs, TokenStrides
+from vllm_delta.kernels.gpu.logits import LOG2_E, encode_distance, scaled_logits
+from vllm_delta.kernels.gpu.paging import (
+    entry_offsets,
+    kept_tokens,
+    load_entries,
+    load_queries,
+    load_vectors,
+)
+from vllm_delta.kernels.gpu.schedule import NO_ROW, layer_tuning, load_row_splits, load_split, most_splits
+from vllm_delta.kernels.gpu.workspace import Workspace
+from vllm_delta.kernels.types import SelectionTable
+
+
+# Full layers run what selection layers do, and store nothing: compiled without the stores it takes longer.
+@triton.jit(
+    do_not_specialize=["keeps_logits"], do_not_specialize_on_alignment=["table_ptr", "kept_pages_ptr"]
+)
+def attention_kernel(
+    query_ptr,  # [tokens, H, D]
+    cache_ptr,  # [num_blocks, KV_HEADS, BLOCK, 2 * D], any strides but the last
+    block_table_ptr,  # int32 [requests, blocks]
+    table_ptr,  # int32 [rows, kept pages]: pages or, with FRAMES, page frames; read where SPARSE
+    splits_ptr,  # int32 [splits, SPLIT_FIELDS], see `load_split`
+    row_splits_ptr,  # int32 [rows, ROW_FIELDS], see `load_row_splits`; read where WHOLE, as the next ones
+    kept_pages_ptr,  # int32 [rows]
+    counters_ptr,  # see `count_row`
+    sinks_ptr,  # [H]
+    arrived_ptr,  # int32 [rows, KV_HEADS], zeros
+    output_ptr,  # [tokens, H, D]
+    partial_ptrs,  # see `combine_kernel`
+    logits_ptrs,  # int16 [tiles, KV_HEADS, LOGIT_TILE, QUERIES], and the maxima of tiles, float32
+    # [tiles * LOGIT_TILE / TILE, KV_HEADS, QUERIES]; not written where SPARSE
+    appended_ptrs,  # keys and values [tokens, KV_HEADS, D], slots int64 [tokens], see `LayerInputs`
+    scale_ptrs,  # factors of query, key and value; read where QUANTIZED
+    scale,
+    softcap,
+    keeps_logits,  # 0: of a full layer, which has no use for them
+    query_strides,  # `TokenStrides`, as the next three
+    output_strides,
+    key_strides,
+    value_strides,
+    cache_strides,  # `CacheStrides`
+    block_table_stride,
+    table_stride,
+    SHAPE: tl.constexpr,  # `KernelShape`
+    KIND: tl.constexpr,  # `AttentionKind`
+    TILE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    FRAMES: tl.constexpr,
+    APPEND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One split of one row, for the query heads of one KV head.
+
+    With WHOLE, a split that is a whole row is stored as the output; of several, the last program to arrive
+    combines them. Then nothing else has to be launched. Not for a quantised cache.
+
+    With PDL, what is read of splits and tables is read while the launch ahead of this one ends, so that must
+    not be the one that writes them.
+    """
+    tl.static_assert(not (WHOLE and KIND.QUANTIZED))
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row, begin, end, token_of_row, request, table_end, logit_tile, length = load_split(splits_ptr, split)
+    if row == NO_ROW:
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
+        return
+
+    heads: tl.constexpr = SHAPE.H // SHAPE.KV_HEADS
+    columns: tl.constexpr = SHAPE.COLUMNS
+    dims: tl.constexpr = SHAPE.D_PAD
+    column = tl.arange(0, columns)
+    head = kv_head * heads + column
+    has_head = column < heads
+    dim = tl.arange(0, dims)
+    has_dim = dim < SHAPE.D
+    all_dims: tl.constexpr = SHAPE.D == SHAPE.D_PAD
+    position = tl.arange(0, TILE)
+    block_row_ptr = block_table_ptr + request * block_table_stride
+    table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
+    selected = table_end > 0
+    is_last = end == tl.where(selected, table_end, length)
+    if SPARSE and not SHAPE.KEEPS_LAST:
+        if selected:
+            # The table holds pages here; the row's last split may lose tokens, even all.
+            kept = kept_tokens(table_row_ptr, table_end // SHAPE.PAGE, length, SHAPE.PAGE)
+            end = tl.minimum(end, tl.maximum(kept, begin))
+    entry = load_entries(
+        begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, SHAPE.PAGE, SHAPE.BLOCK
+    )
+    head_ptr = cache_ptr + kv_head.to(tl.int64) * cache_strides.head
+    if WHOLE:
+        first, count, _, attended = load_row_splits(row_splits_ptr, row)
+    if APPEND:
+        slot = tl.load(appended_ptrs[2] + token_of_row)
+        # The row's last split, which reads its own token if any does, writes it.
+        new_dims = tl.where(is_last & (slot >= 0), SHAPE.D, 0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for query and cache, which the launch ahead may have written
+        if not WHOLE:
+            tl.extra.cuda.gdc_launch_dependents()  # `combine_kernel` may start, and wait
+    if APPEND:
+        k_ptr = appended_ptrs[0] + token_of_row * key_strides.token + kv_head * key_strides.head
+        v_ptr = appended_ptrs[1] + token_of_row * value_strides.token + kv_head * value_strides.head
+        new_key = tl.load(k_ptr + dim, mask=dim < new_dims)
+        new_value = tl.load(v_ptr + dim, mask=dim < new_dims)
+    query_row_ptr = query_ptr + token_of_row * query_strides.token
+    q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_strides.head).to(KIND.COMPUTE)
+    if KIND.QUANTIZED:
+        scale = scale * tl.load(scale_ptrs[0]) * tl.load(scale_ptrs[1])
+    if APPEND:
+        token_ptr = (
+            head_ptr + slot // SHAPE.BLOCK * cache_strides.block + slot % SHAPE.BLOCK * cache_strides.token
+        )
+        tl.store(token_ptr + dim, new_key, mask=dim < new_dims)
+        tl.store(token_ptr + SHAPE.D + dim, new_value, mask=dim < new_dims)
+        tl.debug_barrier()  # other threads of the program read them
+    logit_columns = tl.where((logit_tile >= 0) & (keeps_logits != 0), SHAPE.QUERIES, 0)
+
+    maximum = tl.full([columns], -float("inf"), tl.float32)
+    totals = tl.zeros([TILE, columns], tl.float32)  # of each place in a tile, summed up at the end
+    accumulated = tl.zeros([dims, columns], tl.float32)
+    for start in range(begin, end, TILE):
+        token = start + position
+        offsets = entry_offsets(entry, token, end, selected, cache_strides, SPARSE, SHAPE.PAGE, SHAPE.BLOCK)
+        k = load_vectors(head_ptr + offsets[:, None] + dim[None, :], has_dim[None, :], all_dims)
+        v = load_vectors(head_ptr + SHAPE.D + offsets[None, :] + dim[:, None], has_dim[:, None], all_dims)
+        k = k.to(KIND.COMPUTE)
+        v = v.to(KIND.COMPUTE)
+        # Triton pipelines what is loaded by address, but not the loads of its addresses: these come a tile
+        # ahead, and nothing is computed from them before it is that tile's turn.
+        entry = load_entries(
+            token + TILE, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, SHAPE.PAGE, SHAPE.BLOCK
+        )
+        x = scaled_logits(tl.dot(k, q, input_precision="ieee"), scale, softcap, KIND.SOFTCAP)
+        x = tl.where((token < end)[:, None], x, -float("inf"))
+        tile_maximum = tl.max(x, 0)
+        new_maximum = tl.maximum(maximum, tile_maximum)
+        probability = tl.exp2(x - new_maximum[None, :])
+        decay = tl.exp2(maximum - new_maximum)
+        totals = totals * decay[None, :] + probability
+        accumulated = accumulated * decay[None, :]
+        accumulated = tl.dot(v, probability.to(KIND.COMPUTE), accumulated, input_precision="ieee")
+        maximum = new_maximum
+        if not SPARSE:
+            tile = (logit_tile + start // SHAPE.LOGIT_TILE).to(tl.int64)
+            subtile = tile * (SHAPE.LOGIT_TILE // TILE) + start % SHAPE.LOGIT_TILE // TILE
+            place = (tile * SHAPE.KV_HEADS + kv_head) * SHAPE.LOGIT_TILE + token % SHAPE.LOGIT_TILE
+            tl.store(
+                logits_ptrs[0] + place[:, None] * SHAPE.QUERIES + column[None, :],
+                encode_distance((tile_maximum + 1.0)[None, :] - x),
+                mask=(column < logit_columns)[None, :],
+                eviction_policy="evict_last",  # until they are scored
+            )
+            tl.store(
+                logits_ptrs[1] + (subtile * SHAPE.KV_HEADS + kv_head) * SHAPE.QUERIES + column,
+                tile_maximum,
+                mask=column < logit_columns,
+                eviction_policy="evict_last",
+            )
+
+    total = tl.sum(totals, 0)
+    if SPARSE and not SHAPE.KEEPS_LAST:
+        total = tl.where(total == 0.0, 1.0, total)  # of no tokens: zeros of no weight
+    result = tl.trans(accumulated / total[None, :])
+    lse = maximum + tl.log2(total)
+    mask = has_head[:, None] & has_dim[None, :]
+    part_slot = split.to(tl.int64) * SHAPE.H + head
+    part_ptrs = partial_ptrs[0] + part_slot[:, None] * SHAPE.D + dim[None, :]
+    if not WHOLE:
+        tl.store(part_ptrs, result, mask=mask)
+        tl.store(partial_ptrs[1] + part_slot, lse, mask=has_head)
+    else:
+        arrived = 0
+        if count > 1:
+            tl.store(part_ptrs, result, mask=mask)
+            tl.store(partial_ptrs[1] + part_slot, lse, mask=has_head)
+            tl.debug_barrier()  # all threads' stores come before the arrival
+            arrived_ptr += row * SHAPE.KV_HEADS + kv_head
+            arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+            if arrived == count - 1:
+                tl.store(arrived_ptr, 0)  # for the next launch
+                result, lse = combine_splits(
+                    partial_ptrs, first, count, head, has_head, dim, has_dim, SHAPE.H, SHAPE.D
+                )
+        if arrived == count - 1:
+            if KIND.SINKS:
+                sink = tl.load(sinks_ptr + head, mask=has_head, other=0.0).to(tl.float32)
+                result /= 1.0 + tl.exp2(sink * LOG2_E - lse)[:, None]
+            output_ptrs = output_ptr + token_of_row * output_strides.token + head * output_strides.head
+            tl.store(output_ptrs[:, None] + dim[None, :], result, mask=mask)
+            if kv_head == 0:
+                if SPARSE and not SHAPE.KEEPS_LAST:
+                    if selected:
+                        attended = kept_tokens(table_row_ptr, table_end // SHAPE.PAGE, length, SHAPE.PAGE)
+                count_row(counters_ptr, kept_pages_ptr + row, attended, length, SPARSE)
+
+
+def attend(
+    inputs: LayerInputs,
+    workspace: Workspace,
+    counters: Tensor,
+    output: Tensor,
+    table: SelectionTable | None = None,
+    *,
+    keeps_logits: bool = False,
+    frames: bool = False,
+    dependent: bool,
+) -> None:
+    """Launch a layer's attention and its combination; sparse if there is a table.
+
+    Args:
+        inputs: what is read.
+        workspace: scratch.
+        counters: int64 ``[5]``, see `count_row`.
+        output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
+        table: that is read, its frames or else its pages.
+        keeps_logits: whether the logits are left for the scores.
+        frames: whether the table's frames hold for this layer's block table.
+        dependent: whether the launch may begin before the one ahead ends.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    inputs.check(workspace.max_rows, output)
+    if len(inputs.rows) == 0:
+        return
+    rows, parameters, query, cache = inputs.rows, inputs.parameters, inputs.query, inputs.kv_cache
+    sparse = table is not None
+    # What a layer does not read needs some tensor in its place.
+    entries = rows.lengths if table is None else table.pages
+    frames = frames and inputs.kernel_shape.KEEPS_LAST
+    if table is not None and table.frames is not None and frames:
+        entries = table.frames
+    key, value, slots = inputs.appended or (query, query, query)
+    tuning = layer_tuning(inputs, sparse=sparse)
+    attention_kernel[(most_splits(inputs, tuning), inputs.shape.num_kv_heads)](
+        query,
+        cache,
+        inputs.block_table,
+        entries,
+        inputs.schedule.splits[int(sparse)],
+        inputs.schedule.row_splits[int(sparse)],
+        rows.kept_pages,
+        counters,
+        workspace.lse if parameters.sinks is None else parameters.sinks,
+        workspace.arrived,
+        output,
+        (workspace.partial, workspace.partial_lse),
+        (workspace.logits, workspace.logit_maxima),
+        (key, value, slots),
+        inputs.scales,
+        parameters.scale,
+        parameters.softcap,
+        int(keeps_logits),
+        TokenStrides(query.stride(0), query.stride(1)),
+        TokenStrides(output.stride(0), output.stride(1)),
+        TokenStrides(key.stride(0), key.stride(1)),
+        TokenStrides(value.stride(0), value.stride(1)),
+        CacheStrides(cache.stride(0), cache.stride(1), cache.stride(2)),
+        inputs.block_table.stride(0),
+        entries.stride(0),
+        SHAPE=inputs.kernel_shape,
+        KIND=inputs.kind,
+        TILE=tuning.tile,
+        SPARSE=sparse,
+        FRAMES=frames,
+        APPEND=inputs.appended is not None,
+        WHOLE=tuning.whole,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        **dependent_launch(query.device, dependent),
+    )
+    if not tuning.whole:
+        combine(inputs, workspace, counters, output, table)

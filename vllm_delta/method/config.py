@@ -1,0 +1,148 @@
+"""DELTA's settings, as the user gives them: parsed and checked, without vLLM.
+
+They come from ``--additional-config '{"delta": {...}}'``. What can be wrong about them without knowing the
+model is found here; what depends on the model's layers in `vllm_delta.method.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from vllm_delta.method.rows import SelectionRule
+
+#: What chooses the tokens of sparse layers: DELTA, or one of `vllm_delta.plain.rivals`, to compare with.
+POLICIES = ("delta", "quest", "lessismore", "streaming", "tidal", "oracle")
+
+#: Tokens or steps that a setting may name, at most: no model has as many, and they fit an int32.
+MOST = 2**30
+
+
+class DeltaConfigError(ValueError):
+    """A setting, a model or an option that DELTA does not support; says which, and what is accepted."""
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """DELTA's settings; the defaults are the documented ones.
+
+    Raises:
+        DeltaConfigError: a value out of range, or a combination that makes no sense.
+    """
+
+    #: how many initial layers stay full
+    full_layers: int = 2
+    #: indices of the selection layers, or "auto"
+    selection_layers: Literal["auto"] | tuple[int, ...] = "auto"
+    #: tokens that a sparse layer may attend to, per sequence, recent and sink tokens included
+    budget_tokens: int = 2048
+    #: tokens at the end of the sequence that are always kept, in whole pages
+    recent_tokens: int = 128
+    #: tokens at the start of the sequence that are always kept, in whole pages
+    sink_tokens: int = 16
+    #: consecutive tokens that are kept or left out together
+    page_size: int = 16
+    #: one of `POLICIES`
+    policy: str = "delta"
+    #: file or folder of a calibration, read where `selection_layers` is "auto"; None: the model's folder
+    calibration: str | None = None
+    #: measure the recall of sparse layers in every so many steps; 0 for never
+    recall_sample_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("full_layers", 0),
+            ("budget_tokens", 1),
+            ("recent_tokens", 0),
+            ("sink_tokens", 0),
+            ("page_size", 1),
+            ("recall_sample_steps", 0),
+        ):
+            value = getattr(self, name)
+            if not _is_int(value) or not least <= value <= MOST:
+                raise DeltaConfigError(
+                    f"delta.{name} must be an integer of at least {least} and at most {MOST}, not {value!r}"
+                )
+        if self.policy not in POLICIES:
+            raise DeltaConfigError(f"delta.policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+        if self.calibration is not None and not isinstance(self.calibration, str):
+            raise DeltaConfigError(f"delta.calibration must be a path, not {self.calibration!r}")
+        self._check_selection_layers()
+        for name in ("budget_tokens", "recent_tokens", "sink_tokens"):
+            value = getattr(self, name)
+            if value % self.page_size:
+                raise DeltaConfigError(
+                    f"delta.{name} must be a multiple of delta.page_size ({self.page_size}), not {value}"
+                )
+        if self.budget_tokens < self.recent_tokens + self.sink_tokens:
+            raise DeltaConfigError(
+                f"delta.budget_tokens ({self.budget_tokens}) must be at least "
+                f"delta.recent_tokens + delta.sink_tokens "
+                f"({self.recent_tokens} + {self.sink_tokens}), which it includes"
+            )
+
+    def _check_selection_layers(self) -> None:
+        layers = self.selection_layers
+        if layers == "auto":
+            return
+        if not isinstance(layers, tuple) or not all(_is_int(layer) for layer in layers):
+            raise DeltaConfigError(
+                f'delta.selection_layers must be "auto" or a list of layer indices, not {layers!r}'
+            )
+        if len(set(layers)) != len(layers):
+            raise DeltaConfigError(f"delta.selection_layers must name each layer once, not {list(layers)}")
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> DeltaConfig:
+        """The settings in vLLM's ``additional_config``; the defaults where it has no ``"delta"``.
+
+        Raises:
+            DeltaConfigError: unknown key, wrong type, or value out of range.
+        """
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        settings = additional_config.get("delta", {})
+        if not isinstance(settings, Mapping):
+            raise DeltaConfigError(f'"delta" must be an object of settings, not {settings!r}')
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise DeltaConfigError(f"delta.{key} is not a setting; accepted: {', '.join(known)}")
+        values = dict(settings)
+        if isinstance(values.get("selection_layers"), list):
+            values["selection_layers"] = tuple(values["selection_layers"])
+        return cls(**values)
+
+    @property
+    def runs_kernels_alone(self) -> bool:
+        """Whether decode steps of these settings need no Python in the attention call, as in CUDA graphs."""
+        return self.policy == "delta" and not self.recall_sample_steps
+
+    @property
+    def budget_pages(self) -> int:
+        """`budget_tokens` in pages."""
+        return self.budget_tokens // self.page_size
+
+    @property
+    def recent_pages(self) -> int:
+        """`recent_tokens` in pages."""
+        return self.recent_tokens // self.page_size
+
+    @property
+    def sink_pages(self) -> int:
+        """`sink_tokens` in pages."""
+        return self.sink_tokens // self.page_size
+
+    @property
+    def rule(self) -> SelectionRule:
+        """How pages are kept, apart from how many."""
+        return SelectionRule(self.page_size, self.recent_pages, self.sink_pages)
+
+    def most_kept_pages(self, max_model_len: int) -> int:
+        """Pages that a row may keep and leave out others: the budget, but no more than a sequence has."""
+        return min(self.budget_pages, -(-max_model_len // self.page_size))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

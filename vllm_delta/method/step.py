@@ -1,0 +1,108 @@
+"""Splitting a step's batch into decode rows and prefill tokens. Tensors only, without vLLM.
+
+A *decode row* is one query token at a position behind its request's prompt: a token that the model has
+generated. It runs DELTA wherever it is computed, which makes the result independent of scheduling:
+
+- in a decode step, a request has one such token;
+- a request that was preempted computes its generated tokens again, many in one step, behind the rest of its
+  prompt. Each becomes a row that sees the tokens up to itself, as it did the first time.
+- speculative decoding verifies several tokens in one step, in the same way.
+
+Everything else is prefill and runs full attention: also a single token, where it is the last one of a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vllm_delta.method.rows import DecodeRows
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """The prefill tokens of a mixed step, as a batch of its own."""
+
+    #: int64 ``[tokens]``: indices in the step's query
+    tokens: Tensor
+    #: int64 ``[requests]``: indices in the step's batch
+    requests: Tensor
+    #: int32 ``[requests + 1]``: where each request's tokens start in `tokens`
+    query_start_loc: Tensor
+    #: int32 ``[requests]``: tokens of the sequence that the last of them sees
+    seq_lens: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's work. Without `rows` all is prefill; without `prefill` all are decode rows."""
+
+    rows: DecodeRows | None
+    prefill: PrefillBatch | None
+    #: prefill tokens, also where `prefill` is None because the whole batch is
+    num_prefill_tokens: int
+
+
+def split_step(query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, kept_pages: Tensor) -> Step:
+    """Split a batch of requests.
+
+    Args:
+        query_start_loc: int32 ``[requests + 1]``, on the CPU as all others: where each request's tokens start
+            in the query.
+        seq_lens: int32 ``[requests]``: tokens of each sequence, this step's included.
+        prompt_lens: integer ``[requests]``: tokens of each prompt.
+        kept_pages: int32 ``[requests]``: the budget of each request's rows, see `DecodeRows`.
+    """
+    starts = query_start_loc.numpy().astype(np.int64)
+    lengths = seq_lens.numpy().astype(np.int64)
+    query_lens = np.diff(starts)
+    first_positions = lengths - query_lens
+    prefill_lens = np.clip(prompt_lens.numpy() - first_positions, 0, query_lens)
+    decode_lens = query_lens - prefill_lens
+    num_prefill_tokens = int(prefill_lens.sum())
+    if not decode_lens.any():
+        return Step(rows=None, prefill=None, num_prefill_tokens=num_prefill_tokens)
+
+    request, offset = _ragged_range(decode_lens)
+    offset += prefill_lens[request]
+    rows = DecodeRows(
+        tokens=_int32(starts[request] + offset),
+        requests=_int32(request),
+        lengths=_int32(first_positions[request] + offset + 1),
+        kept_pages=torch.from_numpy(kept_pages.numpy()[request]),
+    )
+    if num_prefill_tokens == 0:
+        return Step(rows=rows, prefill=None, num_prefill_tokens=0)
+
+    (requests,) = prefill_lens.nonzero()
+    query_lens = prefill_lens[requests]
+    seq_lens_prefill = first_positions[requests] + query_lens
+    ordinal, offset = _ragged_range(query_lens)
+    prefill = PrefillBatch(
+        tokens=torch.from_numpy(starts[requests][ordinal] + offset),
+        requests=torch.from_numpy(requests),
+        query_start_loc=_int32(np.concatenate([[0], np.cumsum(query_lens)])),
+        seq_lens=_int32(seq_lens_prefill),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens_prefill.max()),
+    )
+    return Step(rows=rows, prefill=prefill, num_prefill_tokens=num_prefill_tokens)
+
+
+def _ragged_range(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """``[2, 0, 3]`` to owners ``[0, 0, 2, 2, 2]`` and offsets ``[0, 1, 0, 1, 2]``."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    offset = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return owner, offset
+
+
+def _int32(values: IntArray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int32))
