@@ -36,9 +36,10 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
 from vllm_delta.kernels.gpu import l2, ops, tuning
 from vllm_delta.kernels.gpu.attention import attend
-from vllm_delta.kernels.gpu.layer import LayerInputs, LayerShape
+from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.schedule import Schedule, make_schedule
 from vllm_delta.kernels.gpu.select import select_pages
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.kernels.gpu.tuning import Tuning
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vllm_delta.kernels.gpu import ops
 from vllm_delta.kernels.gpu.device import SideStream
-from vllm_delta.kernels.gpu.layer import LayerInputs, LayerShape
+from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.schedule import Schedule, make_schedule
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.rows import DecodeRows

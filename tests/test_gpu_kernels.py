@@ -16,8 +16,8 @@ from implementations import IMPLEMENTATIONS
 from vllm_delta.kernels.gpu import ops, schedule, scores, workspace
 from vllm_delta.kernels.gpu.device import SideStream
 from vllm_delta.kernels.gpu.l2 import set_aside_l2
-from vllm_delta.kernels.gpu.layer import LayerShape
 from vllm_delta.kernels.gpu.select import select_pages
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.kernels.gpu.tuning import MIN_TILE, Tuning, choose_tuning
 from vllm_delta.kernels.gpu.workspace import SELECTION_WIDTH
 from vllm_delta.kernels.types import SelectionTable

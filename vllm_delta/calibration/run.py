@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,58 +132,34 @@ def calibrate(
         engine: of the model.
         prompts: as `Engine.answer` takes them; at least two answers have to exceed the budget.
         options: what is asked for.
-        progress: is called with the name of a part, and returns what is called at each of its steps.
+        progress: is called with a part's name; what it returns is called at each of its steps.
 
     Raises:
         CalibrationError: too few answers beyond the budget, or a number of passes that the model cannot have.
     """
     config, eligible = options.config, engine.eligible
-    if not 1 <= options.passes <= len(eligible):
-        raise CalibrationError(
-            f"full and selection layers must be 1 to {len(eligible)}, not {options.passes}"
-        )
-    progress("answers")()
-    answers = [
-        answer
-        for answer in engine.answer(prompts, options.output_tokens, options.scored_tokens)
-        if len(answer.tokens) > config.budget_tokens
-    ]
-    if len(answers) < 2:
-        raise CalibrationError(
-            f"{len(answers)} of {len(prompts)} sequences exceed the budget of {config.budget_tokens} tokens, "
-            "where at least 2 are needed: longer prompts, more output tokens or a smaller budget"
-        )
+    answers = _answers(engine, prompts, options, progress("answers"))
     observed = engine.record(answers, OBSERVED_ROWS, progress("full attention"))
     keys = range(len(answers))
     held_out, searched = keys[1::2], keys[::2]
     screened = searched[: max(SCREENED, len(searched) // 4)]
-    measured: set[tuple[Passes, range]] = set()
-
-    def loss(passes: Passes, among: range, tick: Callable[[], object]) -> Loss:
-        found = engine.loss(passes, config.budget_tokens, among)
-        measured.add((passes, among))
-        tick()
-        return found
-
+    losses = _Losses(engine, config.budget_tokens)
     tick = progress("sensitivity")
     sensitivity = {
-        layer: loss(tuple(other for other in eligible if other != layer), screened, tick).divergence
+        layer: losses.of(tuple(other for other in eligible if other != layer), screened, tick).divergence
         for layer in eligible[1:]
     }
     tick = progress("search")
-    best = search(
-        eligible,
-        options.passes,
-        lambda passes: loss(passes, searched, tick).divergence,
-        (lambda passes: loss(passes, screened, tick).divergence) if len(screened) < len(searched) else None,
-    )
+
+    def divergence(passes: Passes, among: range) -> float:
+        return losses.of(passes, among, tick).divergence
+
+    whole, screen = (partial(divergence, among=among) for among in (searched, screened))
+    best = search(eligible, options.passes, whole, screen if len(screened) < len(searched) else None)
     tick = progress("comparison")
     compared = {"calibrated": best, **rules(observed, eligible, options)}
-    choices = [Choice(name, passes, loss(passes, held_out, tick)) for name, passes in compared.items()]
-    by_budget = {}
-    for budget in budgets(config):
-        by_budget[budget] = engine.loss(best, budget, held_out)
-        tick()
+    choices = [Choice(name, passes, losses.of(passes, held_out, tick)) for name, passes in compared.items()]
+    by_budget = {budget: _Losses(engine, budget).of(best, held_out, tick) for budget in budgets(config)}
     return Result(
         config=config,
         eligible=eligible,
@@ -191,8 +168,41 @@ def calibrate(
         sensitivity=sensitivity,
         observed=observed,
         lengths=[length for key in held_out for length in _lengths(answers[key])],
-        evaluations=len(measured),
+        evaluations=len(losses.measured),
     )
+
+
+@dataclass
+class _Losses:
+    """What sets of passes lose along some answers, and which were measured."""
+
+    engine: Engine
+    budget_tokens: int
+    measured: set[tuple[Passes, range]] = field(default_factory=set)
+
+    def of(self, passes: Passes, among: range, tick: Callable[[], object]) -> Loss:
+        found = self.engine.loss(passes, self.budget_tokens, among)
+        self.measured.add((passes, among))
+        tick()
+        return found
+
+
+def _answers(
+    engine: Engine, prompts: Sequence[Any], options: Options, tick: Callable[[], object]
+) -> list[Answer]:
+    """Full attention's answers that exceed the budget; raises `CalibrationError` where they are too few."""
+    most, budget = len(engine.eligible), options.config.budget_tokens
+    if not 1 <= options.passes <= most:
+        raise CalibrationError(f"full and selection layers must be 1 to {most}, not {options.passes}")
+    tick()
+    found = engine.answer(prompts, options.output_tokens, options.scored_tokens)
+    answers = [answer for answer in found if len(answer.tokens) > budget]
+    if len(answers) < 2:
+        raise CalibrationError(
+            f"{len(answers)} of {len(prompts)} sequences exceed the budget of {budget} tokens, where at "
+            "least 2 are needed: longer prompts, more output tokens or a smaller budget"
+        )
+    return answers
 
 
 def rules(observed: Observed, eligible: Sequence[int], options: Options) -> dict[str, Passes]:

@@ -34,6 +34,10 @@ class SelectionTable:
         """Bytes that the table takes."""
         return self.pages.nbytes + (0 if self.frames is None else self.frames.nbytes)
 
+    def entries(self, *, frames: bool) -> Tensor:
+        """Where the kept pages lie, or else which they are."""
+        return self.frames if frames and self.frames is not None else self.pages
+
     def check(self, num_rows: int) -> None:
         """Raise `ValueError` if the table has no frames, or fewer rows."""
         if self.frames is None or num_rows > len(self.pages):

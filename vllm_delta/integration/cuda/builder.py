@@ -17,8 +17,8 @@ from vllm_delta.integration.cuda.state import layer_shape, set_up
 from vllm_delta.integration.layers import DeltaLayer
 from vllm_delta.integration.settings import settings_of
 from vllm_delta.integration.validation import check_block_size
-from vllm_delta.kernels.gpu.layer import LayerShape
 from vllm_delta.kernels.gpu.ops import most_full_rows
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.method.plan import Plan, Role
 from vllm_delta.method.rows import DecodeRows
 from vllm_delta.method.step import PrefillBatch, split_step

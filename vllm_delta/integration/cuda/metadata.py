@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
-from vllm_delta.kernels.gpu.layer import LayerShape
 from vllm_delta.kernels.gpu.schedule import Schedule
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.method.plan import Plan, Role
 from vllm_delta.method.rows import DecodeRows
 from vllm_delta.plain.rows import RowIndex

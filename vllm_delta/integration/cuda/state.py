@@ -24,8 +24,8 @@ from vllm_delta.integration.settings import settings_of
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.kernels.gpu.device import SideStream
 from vllm_delta.kernels.gpu.l2 import set_aside_l2
-from vllm_delta.kernels.gpu.layer import LayerShape
 from vllm_delta.kernels.gpu.schedule import Schedule, make_schedule
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES, Workspace, launch_rows
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.config import DeltaConfig

@@ -10,6 +10,6 @@ captured graph runs with any lengths:
 - `select`: page scores to the selection table.
 
 A launcher stands beside its kernel. `ops` puts them together into the three kinds of layers. `layer` is what
-a launch reads, `workspace` what it scribbles on, `device` and `tuning` what it asks of the GPU. Everything is
-tested against `vllm_delta.method.reference`.
+a launch reads, `shape` what it is compiled for, `workspace` its scratch memory; `device` and `tuning` are
+what it asks of the GPU. Everything is tested against `vllm_delta.method.reference`.
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vllm_delta.kernels.gpu.combine import combine, combine_splits, count_row
 from vllm_delta.kernels.gpu.device import dependent_launch
-from vllm_delta.kernels.gpu.layer import CacheStrides, LayerInputs, TokenStrides
+from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.logits import LOG2_E, encode_distance, scaled_logits
 from vllm_delta.kernels.gpu.paging import (
     entry_offsets,
@@ -30,7 +30,8 @@ from vllm_delta.kernels.gpu.paging import (
     load_queries,
     load_vectors,
 )
-from vllm_delta.kernels.gpu.schedule import NO_ROW, layer_tuning, load_row_splits, load_split, most_splits
+from vllm_delta.kernels.gpu.schedule import NO_ROW, load_row_splits, load_split
+from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
 
@@ -233,60 +234,43 @@ def attend(
     frames: bool = False,
     dependent: bool,
 ) -> None:
-    """Launch a layer's attention and its combination; sparse if there is a table.
+    """Launch a layer's attention and its combination, as `ops` has them; sparse if there is a table to read.
 
-    Args:
-        inputs: what is read.
-        workspace: scratch.
-        counters: int64 ``[5]``, see `count_row`.
-        output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
-        table: that is read, its frames or else its pages.
-        keeps_logits: whether the logits are left for the scores.
-        frames: whether the table's frames hold for this layer's block table.
-        dependent: whether the launch may begin before the one ahead ends.
-
-    Raises:
-        ValueError: shapes that do not fit together.
+    `keeps_logits` leaves the logits for the scores, `frames` says that the table's frames hold for this
+    layer's block table, `dependent` lets the launch begin before the one ahead ends.
     """
     inputs.check(workspace.max_rows, output)
     if len(inputs.rows) == 0:
         return
-    rows, parameters, query, cache = inputs.rows, inputs.parameters, inputs.query, inputs.kv_cache
-    sparse = table is not None
+    query, shape, sparse = inputs.query, inputs.kernel_shape, table is not None
+    frames = frames and shape.KEEPS_LAST
     # What a layer does not read needs some tensor in its place.
-    entries = rows.lengths if table is None else table.pages
-    frames = frames and inputs.kernel_shape.KEEPS_LAST
-    if table is not None and table.frames is not None and frames:
-        entries = table.frames
-    key, value, slots = inputs.appended or (query, query, query)
-    tuning = layer_tuning(inputs, sparse=sparse)
-    attention_kernel[(most_splits(inputs, tuning), inputs.shape.num_kv_heads)](
+    entries = inputs.rows.lengths if table is None else table.entries(frames=frames)
+    key, value, _ = inputs.new_tokens
+    tuning = inputs.tuning(sparse=sparse)
+    attention_kernel[(inputs.most_splits(tuning), shape.KV_HEADS)](
         query,
-        cache,
+        inputs.kv_cache,
         inputs.block_table,
         entries,
-        inputs.schedule.splits[int(sparse)],
-        inputs.schedule.row_splits[int(sparse)],
-        rows.kept_pages,
+        *inputs.schedule.of(sparse=sparse),
+        inputs.rows.kept_pages,
         counters,
-        workspace.lse if parameters.sinks is None else parameters.sinks,
+        inputs.sinks_or(workspace.lse),
         workspace.arrived,
         output,
-        (workspace.partial, workspace.partial_lse),
+        workspace.partials,
         (workspace.logits, workspace.logit_maxima),
-        (key, value, slots),
+        inputs.new_tokens,
         inputs.scales,
-        parameters.scale,
-        parameters.softcap,
+        inputs.parameters.scale,
+        inputs.parameters.softcap,
         int(keeps_logits),
-        TokenStrides(query.stride(0), query.stride(1)),
-        TokenStrides(output.stride(0), output.stride(1)),
-        TokenStrides(key.stride(0), key.stride(1)),
-        TokenStrides(value.stride(0), value.stride(1)),
-        CacheStrides(cache.stride(0), cache.stride(1), cache.stride(2)),
+        *map(TokenStrides.of, (query, output, key, value)),
+        CacheStrides.of(inputs.kv_cache),
         inputs.block_table.stride(0),
         entries.stride(0),
-        SHAPE=inputs.kernel_shape,
+        SHAPE=shape,
         KIND=inputs.kind,
         TILE=tuning.tile,
         SPARSE=sparse,

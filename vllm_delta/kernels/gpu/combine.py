@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_delta.kernels.gpu.device import dependent_launch
-from vllm_delta.kernels.gpu.layer import LayerInputs, TokenStrides
+from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.logits import LOG2_E
 from vllm_delta.kernels.gpu.paging import kept_tokens
 from vllm_delta.kernels.gpu.schedule import load_row_splits
+from vllm_delta.kernels.gpu.shape import TokenStrides
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.rows import ALL_PAGES
@@ -158,17 +159,17 @@ def combine(
     rows, shape, kind, sparse = inputs.rows, inputs.shape, inputs.kind, table is not None
     pages = rows.lengths if table is None else table.pages
     combine_kernel[(len(rows), shape.num_heads)](
-        (workspace.partial, workspace.partial_lse),
+        workspace.partials,
         rows.lengths,
         rows.kept_pages,
-        inputs.schedule.row_splits[int(sparse)],
+        inputs.schedule.of(sparse=sparse)[1],
         pages,
         counters,
-        workspace.lse if inputs.parameters.sinks is None else inputs.parameters.sinks,
+        inputs.sinks_or(workspace.lse),
         inputs.scales[2],
         output,
         workspace.lse,
-        TokenStrides(output.stride(0), output.stride(1)),
+        TokenStrides.of(output),
         pages.stride(0),
         H=shape.num_heads,
         D=shape.head_size,

@@ -1,114 +1,21 @@
-"""What one layer's launches read, and its shape as the kernels see it."""
+"""What one layer's launches read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from vllm_delta.kernels.gpu.logits import LOGIT_TILE
+from vllm_delta.kernels.gpu.schedule import Schedule, programs, tunings
+from vllm_delta.kernels.gpu.shape import AttentionKind, KernelShape, LayerShape
+from vllm_delta.kernels.gpu.tuning import Tuning
 from vllm_delta.kernels.limits import GPU
 from vllm_delta.method.attention import AttentionParameters
 from vllm_delta.method.rows import DecodeRows, SelectionRule
 
-if TYPE_CHECKING:
-    from vllm_delta.kernels.gpu.schedule import Schedule
-
 _COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-class KernelShape(NamedTuple):
-    """Sizes that kernels are compiled for, as one constant."""
-
-    #: query heads
-    H: int
-    #: KV heads
-    KV_HEADS: int
-    #: query heads of a KV head, padded to a power of two, at least 2: logits are read in pairs
-    QUERIES: int
-    #: the same, padded to what matrix units take
-    COLUMNS: int
-    #: head size
-    D: int
-    #: the same, padded to a power of two
-    D_PAD: int
-    #: tokens of a page
-    PAGE: int
-    #: tokens of a KV block
-    BLOCK: int
-    #: tokens of a tile of logits
-    LOGIT_TILE: int
-    #: whether a row's last page, which may be partial, is always kept
-    KEEPS_LAST: bool
-
-
-class AttentionKind(NamedTuple):
-    """What kernels are compiled for beside sizes, as one constant."""
-
-    SOFTCAP: bool
-    SINKS: bool
-    QUANTIZED: bool
-    #: the type of the matrix products
-    COMPUTE: tl.dtype
-
-
-class CacheStrides(NamedTuple):
-    """Of a KV cache, in elements; a token's key and value lie in one piece."""
-
-    block: int
-    head: int
-    token: int
-
-
-class TokenStrides(NamedTuple):
-    """Of a query, an output, new keys or values, in elements; a head lies in one piece."""
-
-    token: int
-    head: int
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The shape of one layer's attention on this rank."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    #: whether the cache holds numbers of 8 bits
-    quantized: bool = False
-
-    @property
-    def padded_head_size(self) -> int:
-        """The head size as the kernels compute it, a power of two."""
-        return max(16, next_power_of_2(self.head_size))
-
-    @property
-    def padded_queries(self) -> int:
-        """Query heads of a KV head, padded to a power of two, at least 2."""
-        return max(2, next_power_of_2(self.num_heads // self.num_kv_heads))
-
-    @property
-    def padded_heads(self) -> int:
-        """Query heads, with those of each KV head padded to a power of two."""
-        return self.num_kv_heads * self.padded_queries
-
-    def for_kernels(self, rule: SelectionRule, block_size: int) -> KernelShape:
-        """As one constant."""
-        return KernelShape(
-            H=self.num_heads,
-            KV_HEADS=self.num_kv_heads,
-            QUERIES=self.padded_queries,
-            COLUMNS=max(8, self.padded_queries),
-            D=self.head_size,
-            D_PAD=self.padded_head_size,
-            PAGE=rule.page_size,
-            BLOCK=block_size,
-            LOGIT_TILE=LOGIT_TILE,
-            KEEPS_LAST=rule.recent_pages > 0,
-        )
 
 
 @dataclass(frozen=True)
@@ -165,6 +72,15 @@ class LayerInputs:
         """Factors of query, key and value; of a cache that is not quantised, some tensors in their place."""
         return self.parameters.scales or (self.query, self.query, self.query)
 
+    @property
+    def new_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`appended`, or some tensors in its place."""
+        return self.appended or (self.query, self.query, self.query)
+
+    def sinks_or(self, other: Tensor) -> Tensor:
+        """The layer's sinks, or some tensor in their place."""
+        return other if self.parameters.sinks is None else self.parameters.sinks
+
     def check(self, max_rows: int, output: Tensor) -> None:
         """Raise `ValueError` for what does not fit together; `max_rows` is the workspace's."""
         _, num_kv_heads, block_size, width = self.kv_cache.shape
@@ -186,12 +102,11 @@ class LayerInputs:
         if len(self.rows) > max_rows:
             raise ValueError(f"{len(self.rows)} rows are more than the workspace's {max_rows}")
 
+    def tuning(self, *, sparse: bool) -> Tuning:
+        """The settings that the layer's schedule was made with."""
+        return tunings(self.shape, self.dtype.itemsize, len(self.rows), self.query.device)[sparse]
 
-def next_power_of_2(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (number - 1).bit_length()
-
-
-def tensor_bytes(owner: object) -> int:
-    """Bytes of the tensors that an object has."""
-    return sum(value.nbytes for value in vars(owner).values() if isinstance(value, Tensor))
+    def most_splits(self, tuning: Tuning) -> int:
+        """The most splits that the rows may be cut into."""
+        rows = len(self.rows)
+        return rows + programs(rows, self.shape.num_kv_heads, tuning, self.query.device)

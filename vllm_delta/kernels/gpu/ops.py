@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vllm_delta.kernels.gpu.attention import attend
 from vllm_delta.kernels.gpu.device import SideStream, has_dependent_launch, multiprocessors
-from vllm_delta.kernels.gpu.layer import LayerInputs, LayerShape
+from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.scores import score_keys, score_logits
 from vllm_delta.kernels.gpu.select import select_pages
+from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.kernels.gpu.tuning import most_full_units
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable

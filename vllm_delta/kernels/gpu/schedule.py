@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_delta.kernels.gpu.device import multiprocessors, shared_memory
-from vllm_delta.kernels.gpu.layer import LayerInputs, LayerShape, next_power_of_2, tensor_bytes
 from vllm_delta.kernels.gpu.logits import LOGIT_TILE
+from vllm_delta.kernels.gpu.shape import LayerShape, next_power_of_2, tensor_bytes
 from vllm_delta.kernels.gpu.tuning import Tuning, choose_tuning
 from vllm_delta.kernels.gpu.workspace import Workspace, most_programs
 from vllm_delta.method.rows import DecodeRows, SelectionRule
@@ -59,6 +59,10 @@ class Schedule:
     def nbytes(self) -> int:
         """Bytes that the schedule takes."""
         return tensor_bytes(self)
+
+    def of(self, *, sparse: bool) -> tuple[Tensor, Tensor]:
+        """Splits and row splits of one kind of layer."""
+        return self.splits[int(sparse)], self.row_splits[int(sparse)]
 
 
 @triton.jit
@@ -259,14 +263,3 @@ def tunings(shape: LayerShape, itemsize: int, rows: int, device: torch.device) -
 def programs(rows: int, num_kv_heads: int, tuning: Tuning, device: torch.device) -> int:
     """Programs per KV head that the schedule aims at."""
     return tuning.programs_per_head(rows, num_kv_heads, multiprocessors(device))
-
-
-def layer_tuning(inputs: LayerInputs, *, sparse: bool) -> Tuning:
-    """The settings that a layer's schedule was made with."""
-    return tunings(inputs.shape, inputs.dtype.itemsize, len(inputs.rows), inputs.query.device)[sparse]
-
-
-def most_splits(inputs: LayerInputs, tuning: Tuning) -> int:
-    """The most splits that the rows may be cut into."""
-    rows = len(inputs.rows)
-    return rows + programs(rows, inputs.shape.num_kv_heads, tuning, inputs.query.device)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_delta.kernels.gpu.device import dependent_launch, multiprocessors
-from vllm_delta.kernels.gpu.layer import CacheStrides, LayerInputs, TokenStrides, next_power_of_2
+from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.logits import (
     LOGIT_TILE,
     decode_distance,
@@ -21,7 +21,8 @@ from vllm_delta.kernels.gpu.logits import (
     scaled_logits,
 )
 from vllm_delta.kernels.gpu.paging import entry_offsets, load_entries, load_queries, load_vectors
-from vllm_delta.kernels.gpu.schedule import NO_ROOM, NO_ROW, layer_tuning, load_split, most_splits
+from vllm_delta.kernels.gpu.schedule import NO_ROOM, NO_ROW, load_split
+from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides, next_power_of_2
 from vllm_delta.kernels.gpu.tuning import Tuning
 from vllm_delta.kernels.gpu.workspace import Workspace
 
@@ -163,7 +164,7 @@ def score_logits(inputs: LayerInputs, workspace: Workspace, *, dependent: bool =
     if len(inputs.rows) == 0:
         return
     shape, device = inputs.shape, inputs.query.device
-    tuning = layer_tuning(inputs, sparse=False)
+    tuning = inputs.tuning(sparse=False)
     score_logits_kernel[_score_grid(inputs, tuning)](
         workspace.logits,
         workspace.logit_maxima,
@@ -187,7 +188,7 @@ def score_keys(inputs: LayerInputs, workspace: Workspace) -> None:
     if len(rows) * -(-workspace.max_length // LOGIT_TILE) <= workspace.logit_capacity(shape):
         return  # also where there are no rows
     query, cache = inputs.query, inputs.kv_cache
-    score_keys_kernel[_score_grid(inputs, layer_tuning(inputs, sparse=False))](
+    score_keys_kernel[_score_grid(inputs, inputs.tuning(sparse=False))](
         query,
         cache,
         inputs.block_table,
@@ -197,8 +198,8 @@ def score_keys(inputs: LayerInputs, workspace: Workspace) -> None:
         inputs.scales,
         parameters.scale,
         parameters.softcap,
-        TokenStrides(query.stride(0), query.stride(1)),
-        CacheStrides(cache.stride(0), cache.stride(1), cache.stride(2)),
+        TokenStrides.of(query),
+        CacheStrides.of(cache),
         inputs.block_table.stride(0),
         workspace.scores.stride(0),
         SHAPE=inputs.kernel_shape,
@@ -211,5 +212,5 @@ def score_keys(inputs: LayerInputs, workspace: Workspace) -> None:
 
 def _score_grid(inputs: LayerInputs, tuning: Tuning) -> tuple[int, int]:
     """Splits, and the programs that share one of them."""
-    splits = most_splits(inputs, tuning)
+    splits = inputs.most_splits(tuning)
     return splits, max(1, SCORE_PROGRAMS * multiprocessors(inputs.query.device) // splits)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_delta.kernels.gpu.device import dependent_launch
-from vllm_delta.kernels.gpu.layer import next_power_of_2
+from vllm_delta.kernels.gpu.shape import next_power_of_2
 from vllm_delta.kernels.gpu.workspace import SELECTION_WIDTH
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.rows import DecodeRows, SelectionRule

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vllm_delta.kernels.gpu.device import multiprocessors
-from vllm_delta.kernels.gpu.layer import LayerShape, tensor_bytes
 from vllm_delta.kernels.gpu.logits import LOGIT_TILE
+from vllm_delta.kernels.gpu.shape import LayerShape, tensor_bytes
 from vllm_delta.kernels.gpu.tuning import MIN_TILE, all_tunings
 
 #: Bytes of a logit, with its share of the tiles' maxima.
@@ -99,6 +99,11 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes that the workspace takes."""
         return tensor_bytes(self)
+
+    @property
+    def partials(self) -> tuple[Tensor, Tensor]:
+        """What splits leave to be combined."""
+        return self.partial, self.partial_lse
 
     def logit_capacity(self, shape: LayerShape) -> int:
         """Tiles of logits that fit, for layers of that shape."""
