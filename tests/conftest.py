@@ -2,7 +2,7 @@
 
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,13 +52,40 @@ def tiny_model(tmp_path_factory):
 def in_fresh_process(function, *args, **env):
     """What the function returns in a process of its own, with these environment variables from the start.
 
-    vLLM decides on platform and plugins once per process, and starts one engine per process.
+    vLLM decides on platform and plugins once per process.
     """
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **env}
-    with ProcessPoolExecutor(
-        1, get_context("spawn"), initializer=_set_environment, initargs=(environment,)
-    ) as pool:
+    with _process(env) as pool:
         return pool.submit(function, *args).result()
+
+
+def in_engine_process(function, *args):
+    """What the function returns in the process where engines are started, one after another.
+
+    It lives as long as the tests' own, so that vLLM is imported once. Engines run in it, not in processes of
+    theirs: whole servers are tested elsewhere. They are not started in the tests' process, which vLLM would
+    change for all tests.
+    """
+    if not _engine_process:
+        _engine_process.append(_process({**ONE_THREAD, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}))
+    try:
+        return _engine_process[0].submit(function, *args).result()
+    except BrokenExecutor:
+        _engine_process.clear()
+        raise
+
+
+_engine_process = []
+
+
+def pytest_sessionfinish():
+    """The engines' process ends with the tests."""
+    while _engine_process:
+        _engine_process.pop().shutdown()
+
+
+def _process(env):
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **env}
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_set_environment, initargs=(environment,))
 
 
 def _set_environment(environment):

@@ -64,6 +64,50 @@ class Engine:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
 
+class Pool:
+    """The engine that was asked for last, kept for whoever asks for the same model, backend and options.
+
+    DELTA's settings are changed in the running worker; `test_policy_of_the_settings` shows that this is the
+    same as a start with them.
+    """
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._running = contextlib.ExitStack()
+        self._engine: Engine | None = None
+
+    def get(self, model: Path, backend: str, delta: dict[str, Any] | None = None, **options: Any) -> Engine:
+        """An engine with these settings, counters at zero and nothing in its prefix cache."""
+        key = str(model), backend, sorted(options.items(), key=str)
+        if key != self._key or self._engine is None:
+            self._running.close()
+            self._key, self._engine = None, None
+            self._engine = self._running.enter_context(start_engine(model, backend, **options))
+            self._key = key
+        if backend == "DELTA":
+            self._engine.llm.collective_rpc(use_settings, args=(delta or {},))
+        self._engine.llm.reset_prefix_cache()
+        return self._engine
+
+
+#: of this process
+pool = Pool()
+
+
+def use_settings(worker: Any, delta: dict[str, Any]) -> None:
+    """What a worker would have done if it had been started with these settings, but for its buffers."""
+    from vllm_delta.integration.layers import find_state
+    from vllm_delta.method.config import DeltaConfig
+    from vllm_delta.method.plan import make_plan
+
+    state = find_state(worker.vllm_config)
+    config = DeltaConfig.from_additional_config({"delta": delta})
+    num_layers = worker.vllm_config.model_config.get_total_num_hidden_layers()
+    state.use(config, make_plan(config, sorted(state.plan.roles), num_layers))
+    state.counters.reset()
+    state.aside.recall.steps = 0
+
+
 @contextlib.contextmanager
 def start_engine(
     model: Path, backend: str, delta: dict[str, Any] | None = None, **options: Any
@@ -83,7 +127,16 @@ def start_engine(
         **options,
     }
     llm = LLM(str(model), **options)
+    _registered_once()
     try:
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def _registered_once() -> None:
+    """vLLM puts its CPU kernels in place of Triton's at every start, which it bears once in a process."""
+    from vllm.platforms import current_platform
+
+    if hasattr(current_platform, "register_triton_kernel_overrides"):
+        type(current_platform).register_triton_kernel_overrides = lambda *_: None

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ONE_THREAD, in_fresh_process
+from conftest import in_engine_process
 from dense_mask import logprobs_with_masks
 
 from vllm_delta.calibration.file import CALIBRATION_FILE, with_calibrated_layers
@@ -375,7 +375,7 @@ def measure(model):
 
 @pytest.fixture(scope="module")
 def measured(tiny_model):
-    return in_fresh_process(measure, tiny_model, **ONE_THREAD)
+    return in_engine_process(measure, tiny_model)
 
 
 def test_losses_equal_dense_masks(tiny_model, measured):
@@ -438,7 +438,7 @@ def test_the_command_writes_what_a_server_finds(tiny_model, tmp_path):
     shutil.copytree(tiny_model, folder)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in random_prompts(4)))
-    status, config, counts = in_fresh_process(calibrate, folder, prompts, **ONE_THREAD)
+    status, config, counts = in_engine_process(calibrate, folder, prompts)
     assert status == 0
     written = json.loads((folder / CALIBRATION_FILE).read_text())
     assert written["calibration"]["model"] == folder.name

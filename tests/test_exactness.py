@@ -3,9 +3,10 @@
 import random
 
 import pytest
+from conftest import in_engine_process
 from demo_model import build_demo_model
 from dense_mask import logprobs_with_masks
-from engines import start_engine
+from engines import pool, start_engine
 
 SMALL_BUDGET = {"budget_tokens": 128, "recent_tokens": 32, "sink_tokens": 16}
 ROLES = {"full_layers": 1, "selection_layers": [1, 4]}
@@ -30,32 +31,37 @@ def random_prompts(lengths, seed=0):
     return [[generator.randrange(10, 500) for _ in range(length)] for length in lengths]
 
 
+def answers_in_a_batch_and_alone(model, backend):
+    prompts = random_prompts(LENGTHS)
+    engine = pool.get(model, backend)
+    batch = [answer.tokens for answer in engine.generate(prompts, 64)]
+    alone = engine.generate(prompts[3:4], 64)[0].tokens
+    return batch, alone, engine.counters() if backend == "DELTA" else {}
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3-mha"])
 def test_budget_of_the_context_equals_dense(models, name):
     """Greedy tokens equal CPU_ATTN's, alone and in a mixed batch."""
-    prompts = random_prompts(LENGTHS)
-    with start_engine(models[name], "CPU_ATTN") as dense:
-        expected = [answer.tokens for answer in dense.generate(prompts, 64)]
-        expected_alone = dense.generate(prompts[3:4], 64)[0].tokens
-    with start_engine(models[name], "DELTA") as delta:
-        assert [answer.tokens for answer in delta.generate(prompts, 64)] == expected
-        assert delta.generate(prompts[3:4], 64)[0].tokens == expected_alone
-        counts = delta.counters()
-    rows = 63 * (len(prompts) + 1)  # the first token of an answer comes from the prefill
+    *dense, _ = in_engine_process(answers_in_a_batch_and_alone, models[name], "CPU_ATTN")
+    *delta, counts = in_engine_process(answers_in_a_batch_and_alone, models[name], "DELTA")
+    assert delta == dense
+    rows = 63 * (len(LENGTHS) + 1)  # the first token of an answer comes from the prefill
     assert counts["layers"]["sparse"]["rows"] == counts["dense_rows"]["within_budget"] > 0
     assert counts["layers"]["full"]["rows"] == 2 * rows
     assert counts["attended_tokens"] == counts["context_tokens"] > 0
 
 
+def answers_with_logprobs(model):
+    engine = pool.get(model, "DELTA", {**SMALL_BUDGET, **ROLES})
+    return engine.generate(random_prompts(LENGTHS[:6], seed=1), 24, logprobs=5), engine.counters()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_small_budget_equals_dense_masks(models, name):
     """Next-token log-probabilities equal those of dense attention with the chosen pages as a mask."""
-    prompts = random_prompts(LENGTHS[:6], seed=1)
-    with start_engine(models[name], "DELTA", {**SMALL_BUDGET, **ROLES}) as delta:
-        answers = delta.generate(prompts, 24, logprobs=5)
-        counts = delta.counters()
+    answers, counts = in_engine_process(answers_with_logprobs, models[name])
     assert counts["layers"]["sparse"]["attended_tokens"] < counts["layers"]["sparse"]["context_tokens"] / 2
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(random_prompts(LENGTHS[:6], seed=1), answers, strict=True):
         expected = logprobs_with_masks(
             models[name], prompt, answer.tokens, [1, 4], full_layers=1, budget=(16, 8, 2, 1)
         )
@@ -64,9 +70,9 @@ def test_small_budget_equals_dense_masks(models, name):
                 assert logprob == pytest.approx(expected[step, token].item(), abs=1e-4)
 
 
-def test_same_answer_however_it_is_scheduled(models):
+def check_schedules(model):
     """Alone, in a batch, after a prefix-cache hit, in chunks, after a preemption: the same tokens."""
-    model, delta = models["llama-gqa"], {**SMALL_BUDGET, **ROLES}
+    delta = {**SMALL_BUDGET, **ROLES}
     prompts, steps = random_prompts(LENGTHS, seed=2), 48
     with start_engine(model, "DELTA", delta, max_num_batched_tokens=2048) as engine:
         expected = [engine.generate([prompt], steps)[0].tokens for prompt in prompts]
@@ -91,3 +97,7 @@ def test_same_answer_however_it_is_scheduled(models):
         assert engine.metric("vllm:num_preemptions") == 0
         assert [answer.tokens for answer in engine.generate(prompts, 160)] == alone
         assert engine.metric("vllm:num_preemptions") > 0
+
+
+def test_same_answer_however_it_is_scheduled(models):
+    in_engine_process(check_schedules, models["llama-gqa"])

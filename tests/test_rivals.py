@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import in_fresh_process
+from conftest import in_engine_process
 from dense_mask import logprobs_with_choices
-from engines import start_engine
+from engines import pool, start_engine, use_settings
 from rival_masks import MASKS, Budget, MaskRow
 from rival_rows import (
     BUDGETS,
@@ -25,11 +25,10 @@ from rival_rows import (
     settings,
 )
 
-from vllm_delta.integration.layers import find_state
 from vllm_delta.method.attention import AttentionParameters
 from vllm_delta.method.config import POLICIES
 from vllm_delta.method.counters import Counters
-from vllm_delta.method.plan import SELF_SELECTING, Role, make_plan
+from vllm_delta.method.plan import SELF_SELECTING, Role
 from vllm_delta.method.rows import ALL_PAGES
 from vllm_delta.plain.rivals import COMPARISONS, make_policy
 from vllm_delta.plain.rivals.run import Chosen, decode_rows
@@ -230,23 +229,13 @@ def delta_settings(policy, sample_steps):
 
 
 def generate(model, sample_steps, options):
-    """Under every policy, answers and counters, from one engine: starting one takes most of the time."""
+    """Under every policy, answers and counters, from one engine."""
     options = {"enable_prefix_caching": False, **options}
     results = {}
-    with start_engine(model, "DELTA", delta_settings("delta", sample_steps), **options) as engine:
-        for policy in POLICIES:
-            engine.llm.collective_rpc(use_policy, args=(policy,))
-            results[policy] = engine.generate(make_prompts(), STEPS, logprobs=5), engine.counters()
+    for policy in POLICIES:
+        engine = pool.get(model, "DELTA", delta_settings(policy, sample_steps), **options)
+        results[policy] = engine.generate(make_prompts(), STEPS, logprobs=5), engine.counters()
     return results
-
-
-def use_policy(worker, policy):
-    """What a worker would have done if it had been started with this policy."""
-    state = find_state(worker.vllm_config)
-    config = dataclasses.replace(state.config, policy=policy)
-    state.use(config, make_plan(config, list(state.plan.roles), LAYERS))
-    state.counters.reset()
-    state.aside.recall.steps = 0
 
 
 def make_prompts():
@@ -273,13 +262,9 @@ def compare_with_masks(model, policy, answers):
     return distances, mass
 
 
-#: One process, so that `use_policy` can be called in it; and not this one, where vLLM is not to be set up.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-
 @pytest.fixture(scope="module")
 def results(tiny_model):
-    return in_fresh_process(generate, tiny_model, SAMPLE_STEPS, {}, **ONE_PROCESS)
+    return in_engine_process(generate, tiny_model, SAMPLE_STEPS, {})
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -299,10 +284,14 @@ def test_answers_recall_and_counters(tiny_model, results, policy):
     check_counters(policy, counts)
 
 
+def generate_from_the_start(model, policy):
+    with start_engine(model, "DELTA", delta_settings(policy, SAMPLE_STEPS)) as engine:
+        return engine.generate(make_prompts(), STEPS, logprobs=5), engine.counters()
+
+
 def test_policy_of_the_settings(tiny_model, results):
     """Started with a policy, an engine does what it does when it is told to use it."""
-    with start_engine(tiny_model, "DELTA", delta_settings("quest", SAMPLE_STEPS)) as engine:
-        answers, counts = engine.generate(make_prompts(), STEPS, logprobs=5), engine.counters()
+    answers, counts = in_engine_process(generate_from_the_start, tiny_model, "quest")
     told, told_counts = results["quest"]
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in told]
     recall, told_recall = counts.pop("recall"), told_counts["recall"]
@@ -310,10 +299,21 @@ def test_policy_of_the_settings(tiny_model, results):
     assert recall == {layer: pytest.approx(sums) for layer, sums in told_recall.items()}
 
 
+def generate_on_a_gpu(model):
+    """As `generate`; graphs are captured for the settings of the start, which need Python."""
+    options = {"dtype": "float16", "enforce_eager": False, "kv_cache_memory_bytes": 1 << 28}
+    options = {"enable_prefix_caching": False, **options}
+    results = {}
+    with start_engine(model, "DELTA", delta_settings("delta", 1), **options) as engine:
+        for policy in POLICIES:
+            engine.llm.collective_rpc(use_settings, args=(delta_settings(policy, 1),))
+            results[policy] = engine.generate(make_prompts(), STEPS, logprobs=5), engine.counters()
+    return results
+
+
 @pytest.fixture(scope="module")
 def gpu_results(tiny_model):
-    options = {"dtype": "float16", "enforce_eager": False, "kv_cache_memory_bytes": 1 << 28}
-    return in_fresh_process(generate, tiny_model, 1, options, **ONE_PROCESS)
+    return in_engine_process(generate_on_a_gpu, tiny_model)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import ONE_THREAD, PRINTABLE, in_fresh_process
+from conftest import ONE_THREAD, PRINTABLE, in_engine_process, in_fresh_process
 from demo_model import build_demo_model
 from engines import start_engine
 from server import Server, vllm_command
@@ -185,7 +185,7 @@ PROMPTS = [random_prompt(length, seed=length) for length in (40, 900, 200, 500)]
 
 
 def run_engine(model, backend, delta=None, **options):
-    """Greedy answers to `PROMPTS` and what was counted meanwhile; for a fresh process."""
+    """Greedy answers to `PROMPTS` and what was counted meanwhile; for a process of its own."""
     with start_engine(model, backend, delta, **options) as engine:
         return SimpleNamespace(
             tokens=[answer.tokens for answer in engine.generate(PROMPTS, 48)],
@@ -194,9 +194,8 @@ def run_engine(model, backend, delta=None, **options):
         )
 
 
-def answers(model, backend, delta=None, env=None, **options):
-    environment = {**ONE_THREAD, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})}
-    return in_fresh_process(partial(run_engine, model, backend, delta, **options), **environment)
+def answers(model, backend, delta=None, **options):
+    return in_engine_process(partial(run_engine, model, backend, delta, **options))
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +248,7 @@ def test_ngram_speculation_changes_no_token(tiny_model):
 def test_tensor_parallelism(tiny_model):
     """With a budget that holds the context, two ranks answer as one does."""
     one = answers(tiny_model, "DELTA")
-    ranks = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    two = answers(tiny_model, "DELTA", env=ranks, tensor_parallel_size=2)
+    run = partial(run_engine, tiny_model, "DELTA", tensor_parallel_size=2)
+    two = in_fresh_process(run, VLLM_CPU_OMP_THREADS_BIND="0|1", OMP_NUM_THREADS="1")
     assert two.tokens == one.tokens
     assert two.counters["layers"]["sparse"]["rows"] == 2 * one.counters["layers"]["sparse"]["rows"]
