@@ -49,6 +49,23 @@ def tiny_model(tmp_path_factory):
     )
 
 
+@pytest.fixture
+def engine_config(monkeypatch):
+    """Builds vLLM's configuration, which also sets environment variables; they are put back."""
+    environment = dict(os.environ)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def build(model, **options):
+        from vllm import EngineArgs
+
+        options = {"attention_backend": "DELTA", "dtype": "float32", **options}
+        return EngineArgs(str(model), skip_tokenizer_init=True, **options).create_engine_config()
+
+    yield build
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def in_fresh_process(function, *args, **env):
     """What the function returns in a process of its own, with these environment variables from the start.
 

@@ -248,6 +248,16 @@ def test_current_values_of_weights_are_used():
         assert [float(s) for s in impl._parameters(layer, output, output).scales] == [1, 2 * value, 3 * value]
 
 
+def test_no_operation_is_fused_into_attention():
+    """vLLM's passes ask the layers what they can do beside attention; ours do nothing beside it."""
+    impl = make_impl(Step(Case((40,), dtype=DTYPE), DELTA, roles=ROLES).state, 4)
+    asked = [name for name in dir(impl) if name.startswith("fused_") and name.endswith("_supported")]
+    assert "fused_rope_kvcache_supported" in asked
+    for name in asked:
+        arguments = ["any"] if name == "fused_output_quant_supported" else []
+        assert not getattr(impl, name)(*arguments), name
+
+
 def test_which_layers_the_kernels_run():
     metadata = Step(Case((40,), dtype=DTYPE), DELTA, roles=ROLES).metadata
     for runs_full_layers in (False, True):

@@ -20,7 +20,7 @@ DELTA_WORKER = "vllm_delta.integration.cpu.worker.DeltaCPUWorker"
 NO_PLUGINS = {"VLLM_PLUGINS": ""}
 
 
-def engine_config(model, **options):
+def configure(model, **options):
     from vllm import EngineArgs
 
     return EngineArgs(str(model), max_model_len=1024, **options).create_engine_config()
@@ -119,6 +119,13 @@ def answer_offline(model, options):
     return llm.collective_rpc("delta_counters")[0]["layers"]["full"]["rows"]
 
 
+def test_a_worker_of_the_users_stays(tiny_model, engine_config):
+    """It may be built on DELTA's; without, rows of prompts are told by what vLLM's metadata says."""
+    config = engine_config(tiny_model, worker_cls="vllm.v1.worker.worker_base.WorkerBase")
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.worker_base.WorkerBase"
+    assert engine_config(tiny_model).parallel_config.worker_cls == DELTA_WORKER
+
+
 def test_llm_takes_an_attention_config(tiny_model):
     """`LLM` turns this form into an object before it loads general plugins."""
     env = {**ONE_THREAD, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -131,7 +138,7 @@ def describe(model):
     from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
 
-    config = engine_config(model)
+    config = configure(model)
     names = [name for name in dir(current_platform) if not name.startswith("__")]
     values = {name: getattr(current_platform, name) for name in names if not name.startswith("_abc")}
     maps = Path("/proc/self/maps").read_text().splitlines()
@@ -163,7 +170,7 @@ def test_installing_changes_nothing_unless_selected(tiny_model):
 def describe_selection(model):
     from vllm.platforms import current_platform
 
-    return selection(engine_config(model, attention_backend="DELTA")), [
+    return selection(configure(model, attention_backend="DELTA")), [
         base.__name__ for base in type(current_platform).__mro__
     ]
 

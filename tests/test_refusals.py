@@ -46,23 +46,6 @@ SIZES = {
 NGRAM = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 
-@pytest.fixture
-def engine_config(monkeypatch):
-    """Builds vLLM's configuration, which also sets environment variables; they are put back."""
-    environment = dict(os.environ)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def build(model, **options):
-        from vllm import EngineArgs
-
-        options = {"attention_backend": "DELTA", "dtype": "float32", **options}
-        return EngineArgs(str(model), skip_tokenizer_init=True, **options).create_engine_config()
-
-    yield build
-    os.environ.clear()
-    os.environ.update(environment)
-
-
 def write_config(folder, config):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SIZES, **config}))
