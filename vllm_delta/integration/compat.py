@@ -1,7 +1,8 @@
 """The vLLM versions that DELTA supports, and what to check when vLLM moves.
 
-When vLLM moves, run ``pytest tests/test_compat.py`` with the new version first: it compares what we rely on
-with what is installed, and names what moved. `RELIED_ON` is its list. Beside names and signatures, check:
+When vLLM moves, run ``pytest tests/test_compat.py tests/test_options.py`` with the new version first: they
+compare names, signatures and options that we rely on with what is installed, and say what moved. Beside
+these, check:
 
 Everywhere
 - ``v1/attention/backends/registry.py``: members of `AttentionBackendEnum` still pickle by value
@@ -25,16 +26,19 @@ On a GPU
 - ``config/compilation.py``: what becomes of graphs under `UNIFORM_SINGLE_TOKEN_DECODE`.
 - torch and Triton that come with it: run the GPU suite, and `benchmarks/kernels.py` before and after.
 
-Then run the whole test suite, add the version below, and say so in the changelog.
+Then run the whole test suite, add the version below, and say so in the changelog. This file imports nothing
+but Python's own: the set-up reads it before anything is installed.
 """
 
 from __future__ import annotations
 
 import re
 
-#: Minor versions of vLLM that DELTA is made for. The set-up, the documentation and the warning at a server's
-#: start follow this line.
-SUPPORTED_VLLM = ("0.32", "0.33")
+#: The versions of vLLM that DELTA is tested with; it supports other patches of the same minor versions. The
+#: set-up, the documentation and the warning at a server's start follow this line.
+TESTED_VLLM = ("0.32.0", "0.33.0")
+
+SUPPORTED_VLLM = tuple(version.rpartition(".")[0] for version in TESTED_VLLM)
 
 
 def unsupported_version(version: str) -> str | None:
