@@ -2,8 +2,13 @@
 # newer, with venv), g++ and make.
 
 PYTHON ?= python3
+# one of the versions of vLLM that the project is tested with; empty: the one for this machine
+VLLM ?=
 MODEL ?=
 ARGS ?=
+# test processes; each takes a core, and up to 5 GiB of memory where it starts a server
+WORKERS ?= 2
+SECONDS ?= 120
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,10 +24,10 @@ MYPY_PATHS := $(wildcard vllm_delta benchmarks tools)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test bench lint format clean distclean
+.PHONY: help setup demo serve test test-harness soak bench lint format clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with vLLM and this project in it
 
@@ -34,8 +39,17 @@ serve: export VLLM_CPU_KVCACHE_SPACE ?= 4
 serve: $(INSTALLED) ## serve in the foreground: make serve [MODEL=...] [ARGS=...]
 	exec $(BIN)/vllm serve $(or $(MODEL),$(REASONER)) --attention-backend DELTA $(ARGS)
 
-test: $(INSTALLED) ## run the test suite: make test [ARGS=...]
-	$(PY) -m pytest $(ARGS)
+# What pytest is asked for in every lane; the results stay in build/.
+PYTEST = $(PY) -m pytest --durations=30 --junit-xml=build/results-$@.xml
+
+test: $(INSTALLED) ## run the test suite: make test [ARGS=...] [WORKERS=...]
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-harness: $(VENV)/.installed-bench $(VENV)/.installed-eval ## test the benchmarks and the accuracy harness
+	$(PYTEST) -n $(WORKERS) --dist loadfile tests/harness $(ARGS)
+
+soak: $(INSTALLED) ## a server under many impatient clients: make soak [SECONDS=...]
+	SOAK_SECONDS=$(SECONDS) $(PYTEST) -s tests/test_soak.py $(ARGS)
 
 bench: $(VENV)/.installed-bench ## measure decode speed: make bench [ARGS=...]
 	$(PY) benchmarks/decode.py $(ARGS)
@@ -66,8 +80,8 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # The interpreter is order-only: its file time says nothing about what is installed.
-$(INSTALLED): setup.py pyproject.toml tools/install_vllm.py $(EXTENSION_SOURCES) | $(PY)
-	$(PY) tools/install_vllm.py
+$(INSTALLED): setup.py pyproject.toml tools/install_vllm.py vllm_delta/integration/compat.py $(EXTENSION_SOURCES) | $(PY)
+	$(PY) tools/install_vllm.py $(VLLM)
 	$(PIP) install --no-build-isolation -e ".[test]"
 	@touch $@
 

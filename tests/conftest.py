@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
 # Operations on tiny models are too small for two threads, which mostly wait for each other.
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has one core
+
 # Tokens of the demo models that are one ASCII character each. After a prompt that ends within a character,
 # vLLM's detokenizer returns the prompt's text with the answer's.
 PRINTABLE = (7, 101)

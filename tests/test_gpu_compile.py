@@ -82,16 +82,21 @@ def compile_all() -> None:
 
     plain = Case((200, 0), dtype=torch.bfloat16, head_size=128)
     fp8 = Case((200,), dtype=torch.bfloat16, head_size=96, fp8=True, softcap=5.0, sinks=True, logit_tokens=0)
+
+    def have(multiprocessors):
+        for module in (ops, schedule, scores, workspace):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(device, "has_dependent_launch", lambda device: True))
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        have(8)
         for case in (plain, fp8, Case((200,), dtype=torch.bfloat16, recent_pages=0)):
             batch = GPUBatch(Batch.random(case))
             batch.make_schedule()
             for layer in ("full", "selection", "sparse"):
                 batch.run(layer, append=not case.fp8)
-        for module in (ops, schedule, scores, workspace):  # which two rows fill without being cut
-            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: 4))
+        have(4)  # which two rows fill without being cut
         batch = GPUBatch(Batch.random(plain))
         batch.run("sparse", append=True)
 

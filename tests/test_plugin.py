@@ -120,7 +120,7 @@ def answer_offline(model, options):
 
 
 def test_a_worker_of_the_users_stays(tiny_model, engine_config):
-    """It may be built on DELTA's; without, rows of prompts are told by what vLLM's metadata says."""
+    """It may be built on DELTA's; without, vLLM's metadata says which rows are prompts'."""
     config = engine_config(tiny_model, worker_cls="vllm.v1.worker.worker_base.WorkerBase")
     assert config.parallel_config.worker_cls == "vllm.v1.worker.worker_base.WorkerBase"
     assert engine_config(tiny_model).parallel_config.worker_cls == DELTA_WORKER

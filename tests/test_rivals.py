@@ -290,12 +290,12 @@ def generate_from_the_start(model, policy):
 
 
 def test_policy_of_the_settings(tiny_model, results):
-    """Started with a policy, an engine does what it does when it is told to use it."""
+    """Started with a policy, an engine does what it does when its settings are changed to it."""
     answers, counts = in_engine_process(generate_from_the_start, tiny_model, "quest")
-    told, told_counts = results["quest"]
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in told]
-    recall, told_recall = counts.pop("recall"), told_counts["recall"]
-    assert counts == {key: value for key, value in told_counts.items() if key != "recall"}
+    changed, changed_counts = results["quest"]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in changed]
+    recall, told_recall = counts.pop("recall"), changed_counts["recall"]
+    assert counts == {key: value for key, value in changed_counts.items() if key != "recall"}
     assert recall == {layer: pytest.approx(sums) for layer, sums in told_recall.items()}
 
 

@@ -31,8 +31,8 @@ NUM_BLOCKS = 220  # of 16 tokens; 16 clients need about 400 on average
 # That takes minutes to fill and looks like a leak, with CPU_ATTN as with DELTA.
 FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
 
-SECONDS = os.environ.get("SOAK_SECONDS")
-DURATIONS = [int(SECONDS)] if SECONDS else [25, pytest.param(120, marks=pytest.mark.slow)]
+#: `make soak` runs it for longer.
+SECONDS = int(os.environ.get("SOAK_SECONDS", "25"))
 
 
 def make_prompt(length):
@@ -149,15 +149,14 @@ def wait_until_idle(server):
         time.sleep(0.5)
 
 
-@pytest.mark.parametrize("seconds", DURATIONS)
-def test_soak(server, seconds):
+def test_soak(server):
     bodies = [request_body(server, prompt) for prompt in PROMPTS]
     with httpx.Client(base_url=server.base_url, timeout=120) as http:
         alone = [http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
     before = server.counters()
     preemptions = metric(server, "vllm:num_preemptions_total")
 
-    outcomes, wrong, memory = asyncio.run(soak(server, seconds, alone))
+    outcomes, wrong, memory = asyncio.run(soak(server, SECONDS, alone))
     wait_until_idle(server)
     preemptions = metric(server, "vllm:num_preemptions_total") - preemptions
     sparse = difference(server.counters(), before)["layers"]["sparse"]

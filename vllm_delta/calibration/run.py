@@ -29,7 +29,7 @@ OBSERVED_ROWS = 16
 #: answers that candidates are screened on: a quarter of those searched with, but no fewer than this. What one
 #: answer needs, another may not, and the candidates that it cannot tell apart would survive by chance.
 SCREENED = 3
-#: budgets of which the loss is told, relative to the one that is calibrated for
+#: budgets of which the loss is reported, relative to the one that is calibrated for
 BUDGETS = (0.5, 1, 2)
 
 
@@ -125,7 +125,7 @@ def calibrate(
 ) -> Result:
     """Find the passes that lose least.
 
-    Half of the answers are searched with, a few of these screen candidates; what is told of the result,
+    Half of the answers are searched with, a few of these screen candidates; what is reported of the result,
     and of the rules beside it, is measured on the other half.
 
     Args:
@@ -224,7 +224,7 @@ def rules(observed: Observed, eligible: Sequence[int], options: Options) -> dict
 
 
 def budgets(config: DeltaConfig) -> list[int]:
-    """Budgets of which the loss is told, in tokens, ascending; the last is the largest."""
+    """Budgets of which the loss is reported, in tokens, ascending; the last is the largest."""
     least = max(1, config.recent_tokens + config.sink_tokens)
     tokens = [int(config.budget_pages * factor) * config.page_size for factor in BUDGETS]
     return [budget for budget in tokens if budget >= least]

@@ -34,7 +34,7 @@ from vllm_delta.plain.rows import Layer, RowIndex
 #: log-probabilities that are computed at a time
 PROBABILITIES_AT_A_TIME = 10_000_000
 
-#: tokens of full attention's distributions that are told apart
+#: tokens of full attention's distributions that are distinguished
 LIKELIEST = 1024
 
 
@@ -55,11 +55,11 @@ class Distributions:
     def divergence(self, found: Tensor) -> Tensor:
         """From these to others, whole ones as in `keep`: ``[rows]``, nats."""
         others = found.gather(1, self.tokens)
-        told_apart = (self.log_probabilities.exp() * (self.log_probabilities - others)).sum(-1)
+        distinguished = (self.log_probabilities.exp() * (self.log_probabilities - others)).sum(-1)
         rest, other_rest = (
             (1 - part.exp().sum(-1)).clamp_min(1e-9) for part in (self.log_probabilities, others)
         )
-        return (told_apart + rest * (rest / other_rest).log()).clamp_min(0)
+        return (distinguished + rest * (rest / other_rest).log()).clamp_min(0)
 
     def slice(self, begin: int, end: int) -> Distributions:
         """Rows `begin` to `end`."""

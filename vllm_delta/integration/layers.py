@@ -21,7 +21,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaLayer:
-    """What the attention of a layer is told, on every platform; once, before the first step."""
+    """What is set on the attention of a layer, on every platform, once, before the first step."""
 
     #: vLLM's: of the layer's window, in the platform's way to say so
     sliding_window: Any

@@ -37,7 +37,7 @@ class Counters:
     def of(self, role: Role) -> Tensor:
         """int64 for the kernels to add to: rows, attended tokens, context tokens.
 
-        On a GPU two more: rows that a sparse layer served in full because they belong to a prompt, and
+        On a GPU two more: rows for which a sparse layer attends to all because they belong to a prompt, and
         because they fit the budget.
         """
         return self._by_role[role]

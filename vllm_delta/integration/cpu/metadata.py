@@ -1,4 +1,4 @@
-"""What a step's layers are told on a CPU."""
+"""What a step's layers get on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step's layers are told on a GPU."""
+"""What a step's layers get on a GPU."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def make_schedule(
 ) -> None:
     """Cut rows into splits, for all layers of one step.
 
-    Another launch has to lie between this one and a layer's that is not told `just_scheduled`, and between a
+    Another launch has to lie between this one and a layer's that does not get `just_scheduled`, and between a
     selection layer's and the next sparse layer's, as there is in any model: on some GPUs a layer reads its
     schedule and its tables while the launch ahead of it still runs.
 

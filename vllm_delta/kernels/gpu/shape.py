@@ -48,7 +48,7 @@ class AttentionKind(NamedTuple):
 
 
 class CacheStrides(NamedTuple):
-    """Of a KV cache, in elements; a token's key and value lie in one piece."""
+    """Of a KV cache, in elements; a token's key and value are contiguous."""
 
     block: int
     head: int
@@ -61,7 +61,7 @@ class CacheStrides(NamedTuple):
 
 
 class TokenStrides(NamedTuple):
-    """Of a query, an output, new keys or values, in elements; a head lies in one piece."""
+    """Of a query, an output, new keys or values, in elements; a head is contiguous."""
 
     token: int
     head: int
