@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -242,7 +244,8 @@ class FakeServer:
     attended: ClassVar[int] = 40
 
     def __init__(self, model, options, **_) -> None:
-        self.model, self.options = str(model), options
+        self.model, self.args = str(model), options
+        self.steps = 1
 
     def __enter__(self):
         return self
@@ -251,12 +254,20 @@ class FakeServer:
         pass
 
     def client(self):
-        return SimpleNamespace(chat=SimpleNamespace(completions=self))
+        return SimpleNamespace(
+            chat=SimpleNamespace(completions=SimpleNamespace(create=self.chat)),
+            completions=SimpleNamespace(create=self.complete),
+        )
 
-    def create(self, messages, **_):
+    def complete(self, prompt, max_tokens, **_):
+        assert len(prompt) == 300
+        self.steps += 1
+        time.sleep(max_tokens * (0.001 if "DELTA" in self.args else 0.003))
+
+    def chat(self, messages, **_):
         content = messages[0]["content"]
         words = solve(f"{content} =").split()
-        if "DELTA" in self.options:
+        if "DELTA" in self.args:
             words[len(words) // 2] = "?"
         message = SimpleNamespace(content=" ".join(words))
         usage = SimpleNamespace(
@@ -265,7 +276,7 @@ class FakeServer:
         return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=usage)
 
     def counters(self):
-        return {"attended_tokens": self.attended, "context_tokens": 100}
+        return {"attended_tokens": self.attended * self.steps, "context_tokens": 100 * self.steps}
 
 
 @pytest.mark.parametrize(("attended", "status"), [(40, 0), (100, 1)])
@@ -275,12 +286,17 @@ def test_demo(monkeypatch, capsys, attended, status) -> None:
     monkeypatch.setattr(demo, "Server", FakeServer)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(FakeServer, "attended", attended)
-    monkeypatch.setattr(
-        "sys.argv", ["demo", "folder", "--length", "600", "--delta", '{"budget_tokens": 128}']
-    )
+    sizes = ["--length", "600", "--context", "300"]
+    monkeypatch.setattr("sys.argv", ["demo", "folder", *sizes, "--delta", '{"budget_tokens": 128}'])
     assert demo.main() == status
     printed = capsys.readouterr()
     assert printed.out.count("every step is right of") == 3
     assert printed.out.count("wrong at step") == 3
     assert '{"delta": {"budget_tokens": 128}}' in printed.out
-    assert "40 of 100 tokens, 40.0%" in printed.out or "nothing was saved" in printed.err
+    if status == 0:
+        assert "in these, DELTA attended to 40 of 100 tokens, 40.0%" in printed.out
+        assert "4 sequences of 300 tokens: " in printed.out
+        ratio = float(re.search(r"([0-9.]+)x as fast; DELTA attended to", printed.out)[1])
+        assert 1.5 < ratio < 6
+    else:
+        assert "nothing was saved" in printed.err

@@ -294,9 +294,9 @@ def test_policy_of_the_settings(tiny_model, results):
     answers, counts = in_engine_process(generate_from_the_start, tiny_model, "quest")
     changed, changed_counts = results["quest"]
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in changed]
-    recall, told_recall = counts.pop("recall"), changed_counts["recall"]
+    recall, changed_recall = counts.pop("recall"), changed_counts["recall"]
     assert counts == {key: value for key, value in changed_counts.items() if key != "recall"}
-    assert recall == {layer: pytest.approx(sums) for layer, sums in told_recall.items()}
+    assert recall == {layer: pytest.approx(sums) for layer, sums in changed_recall.items()}
 
 
 def generate_on_a_gpu(model):

@@ -4,8 +4,10 @@
 
 Everything is local: the model is a folder, each of the two servers listens on the loopback address. One
 problem of each family is asked as a chat; the answers are chains of steps, each of which needs something from
-far back, so a chain that leaves the right way shows at which step attention missed what it needed. The exit
-status is 0 only if both servers answered and DELTA read fewer tokens than full attention.
+far back, so a chain that leaves the right way shows at which step attention missed what it needed. Then steps
+are timed at a context where DELTA pays: several answers to one long prompt, of two lengths, whose difference
+leaves out what a request costs once. The exit status is 0 only if both servers answered and DELTA read fewer
+tokens than full attention.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from server import Server, ServerError, exit_status, show_waiting
 
 from reasoner import vocabulary
 from reasoner.problems import FAMILIES, Outcome, Problem, check, make_problem
+from vllm_delta.method.counters import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "build" / "demo-server.log"
@@ -34,6 +38,8 @@ DELTA = {"budget_tokens": 512}
 SHOWN = 2
 #: characters of a prompt that are shown
 WIDTH = 100
+#: answers that are timed at a time, the lengths of which the difference is taken, and how often
+BATCH, SHORT, LONG, ROUNDS = 4, 8, 72, 3
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,59 @@ def ask(server: Server, problem: Problem) -> Answer:
     if chat.usage is None or chat.usage.prompt_tokens != len(problem.prompt):
         raise ServerError(f"the server saw another prompt than {len(problem.prompt)} tokens: {chat.usage}")
     return Answer(text, chat.usage.completion_tokens, check(problem, text))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Decode steps at a long context."""
+
+    #: of one step with `BATCH` sequences, the median of the rounds
+    milliseconds: float
+    #: DELTA's counters of all of them; empty without DELTA
+    counters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one server did."""
+
+    answers: list[Answer]
+    #: DELTA's, of the answers; empty without DELTA
+    counters: dict[str, Any]
+    timed: Timed
+
+
+def time_steps(server: Server, context: int) -> Timed:
+    """Time steps of answers to one prompt of so many tokens, which the prefix cache then holds."""
+    words = np.random.default_rng(0).integers(vocabulary.first_name(), len(vocabulary.words()), context)
+
+    def seconds(count: int, tokens: int) -> float:
+        begin = time.monotonic()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda _: write(tokens), range(count)))
+        return time.monotonic() - begin
+
+    def write(tokens: int) -> None:
+        server.client().completions.create(
+            model=server.model,
+            prompt=words.tolist(),
+            max_tokens=tokens,
+            temperature=0.0,
+            extra_body={"ignore_eos": True},
+        )
+
+    print(f"  reading a prompt of {context} tokens ...", flush=True)
+    seconds(1, SHORT)
+    before = counters_of(server)
+    slopes = [(seconds(BATCH, LONG) - seconds(BATCH, SHORT)) / (LONG - SHORT) for _ in range(ROUNDS)]
+    timed = Timed(1000 * median(slopes), difference(counters_of(server), before))
+    print(f"  {timed.milliseconds:.1f} ms per step of {BATCH} sequences")
+    return timed
+
+
+def counters_of(server: Server) -> dict[str, Any]:
+    """DELTA's counters; empty for a server without DELTA."""
+    return server.counters() if "DELTA" in server.args else {}
 
 
 def shorten(text: str) -> str:
@@ -85,10 +144,8 @@ def show_answer(name: str, problem: Problem, answer: Answer) -> None:
     print(f"  {name:8} ... {end}   ({answer.tokens} tokens, {verdict} of {outcome.num_steps})")
 
 
-def solve(
-    name: str, model: Path, options: Sequence[str], problems: Sequence[Problem]
-) -> tuple[list[Answer], dict[str, Any]]:
-    """Start a server, ask all problems at once, stop it; returns answers and DELTA's counters, if it has."""
+def serve(name: str, model: Path, options: Sequence[str], problems: Sequence[Problem], context: int) -> Arm:
+    """Start a server, ask all problems at once, time steps, stop it."""
     print(f"\n{name}: vllm serve {model} {' '.join(options)}")
     with Server(model, options, log_path=LOG, on_wait=show_waiting) as server:
         print("\r" if sys.stdout.isatty() else "", end="")
@@ -96,30 +153,44 @@ def solve(
         with ThreadPoolExecutor(len(problems)) as pool:
             answers = list(pool.map(lambda problem: ask(server, problem), problems))
         seconds = time.monotonic() - begin
-        counters = server.counters() if "DELTA" in options else {}
-    tokens = sum(answer.tokens for answer in answers)
-    exact = sum(answer.outcome.exact for answer in answers)
-    print(f"  {exact} of {len(answers)} exact, {tokens} tokens in {seconds:.0f} s")
-    return answers, counters
+        counters = counters_of(server)
+        tokens = sum(answer.tokens for answer in answers)
+        exact = sum(answer.outcome.exact for answer in answers)
+        print(f"  {exact} of {len(answers)} exact, {tokens} tokens in {seconds:.0f} s")
+        return Arm(answers, counters, time_steps(server, context))
+
+
+def share(counters: Mapping[str, Any]) -> str:
+    """The tokens that DELTA attended to.
+
+    Raises:
+        ServerError: it attended to all, or to none.
+    """
+    attended, context = int(counters["attended_tokens"]), int(counters["context_tokens"])
+    if not 0 < attended < context:
+        raise ServerError("nothing was saved")
+    return f"attended to {attended} of {context} tokens, {attended / context:.1%}"
 
 
 def run(arguments: argparse.Namespace, extra: Sequence[str], problems: Sequence[Problem]) -> None:
-    """Both servers, one after another, and what they wrote."""
+    """Both servers, one after another, what they wrote and how fast."""
     # vLLM wants to find that share of the machine's memory free; the model needs a fraction of it.
     common = ["--gpu-memory-utilization", "0.3", *extra]
-    delta = ["--attention-backend", "DELTA"]
+    options = ["--attention-backend", "DELTA"]
     if arguments.delta:
-        delta += ["--additional-config", json.dumps({"delta": arguments.delta})]
-    full_answers, _ = solve("full", arguments.model, common, problems)
-    delta_answers, counters = solve("DELTA", arguments.model, [*delta, *common], problems)
-    for problem, full_answer, delta_answer in zip(problems, full_answers, delta_answers, strict=True):
+        options += ["--additional-config", json.dumps({"delta": arguments.delta})]
+    full = serve("full", arguments.model, common, problems, arguments.context)
+    delta = serve("DELTA", arguments.model, [*options, *common], problems, arguments.context)
+    for problem, full_answer, delta_answer in zip(problems, full.answers, delta.answers, strict=True):
         show_problem(problem)
         show_answer("full", problem, full_answer)
         show_answer("DELTA", problem, delta_answer)
-    attended, context = int(counters["attended_tokens"]), int(counters["context_tokens"])
-    print(f"\nDELTA attended to {attended} of {context} tokens, {attended / max(1, context):.1%}")
-    if not 0 < attended < context:
-        raise ServerError("nothing was saved")
+    print(f"\nin these, DELTA {share(delta.counters)}")
+    times = full.timed.milliseconds, delta.timed.milliseconds
+    print(
+        f"{BATCH} sequences of {arguments.context} tokens: {times[0]:.1f} ms per step with full attention, "
+        f"{times[1]:.1f} with DELTA, {times[0] / times[1]:.1f}x as fast; DELTA {share(delta.timed.counters)}"
+    )
 
 
 def main() -> int:
@@ -129,6 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="solve problems under full attention and under DELTA")
     parser.add_argument("model", type=Path, help="folder of a trained reasoner")
     parser.add_argument("--length", type=int, default=4096, help="tokens of prompt and answer (4096)")
+    parser.add_argument("--context", type=int, default=12000, help="tokens where steps are timed (12000)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument(
         "--delta", metavar="JSON", type=json_object, default=DELTA, help=f"settings ({json.dumps(DELTA)})"
