@@ -319,12 +319,12 @@ def test_two_gpus(models):
 
 def losses_of_plans(model):
     """Answers along which a calibration scores the last tokens, and what plans lose along them."""
-    from vllm_delta.calibration.engine import Engine
+    from vllm_delta.calibration.engine import Engine, Model
     from vllm_delta.method.config import DeltaConfig
 
     budget = {name: SMALL[name] for name in ("budget_tokens", "recent_tokens", "sink_tokens")}
     options = FINE | {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}
-    engine = Engine(str(model), DeltaConfig(**budget), 512, 1400, options)
+    engine = Engine(Model(str(model), options), DeltaConfig(**budget), 512, 1400)
     try:
         prompts = [{"prompt_token_ids": prompt} for prompt in make_prompts() if len(prompt) > 600]
         answers = engine.answer(prompts, 40, 25)
