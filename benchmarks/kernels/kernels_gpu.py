@@ -29,11 +29,12 @@ from statistics import median
 from unittest import mock
 
 import torch
-from common import Case
-from environment import ROOT, describe_environment, find_machine
 from torch import Tensor
 from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
+from benchmarks import ROOT
+from benchmarks.lib.cases import Case
+from benchmarks.lib.provenance import describe_environment, find_machine
 from vllm_delta.kernels.gpu import l2, ops, tuning
 from vllm_delta.kernels.gpu.attention import attend
 from vllm_delta.kernels.gpu.layer import LayerInputs

@@ -15,9 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from common import Row, Run, read_csv
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.lib.csv_rows import Row, read_csv
+from benchmarks.lib.rows import Run
 
 TIMES = "\u00d7"
 COLOURS = ("#8c96a3", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes

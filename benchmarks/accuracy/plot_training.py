@@ -1,7 +1,7 @@
 """Picture of a reasoner's training, made from its logs and from nothing else.
 
-    python benchmarks/plot_training.py benchmarks/results/train_12_layers_seed_0.csv training.svg
-    python benchmarks/plot_training.py first.csv second.csv training.svg        # a training in two parts
+    python -m benchmarks.accuracy.plot_training benchmarks/results/train_12_layers_seed_0.csv training.svg
+    python -m benchmarks.accuracy.plot_training first.csv second.csv training.svg   # in two parts
 
 How long each family's problems are by then, the share of wrong tokens, and the loss, over the tokens seen.
 Where the second log's training started from the first one's model, they are one after another. The same logs
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from picture import COLOURS, STYLE, parse, save
+
+from benchmarks.lib.picture import COLOURS, STYLE, parse, save
 
 Log = dict[str, list[float]]
 #: least share of wrong tokens, and loss, that is drawn; a batch has some 20,000 answer tokens

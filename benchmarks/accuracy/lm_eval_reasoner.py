@@ -1,6 +1,6 @@
 """The reasoner's problems as tasks of lm-evaluation-harness: to test the way there, and to compare both ways.
 
-    python benchmarks/lm_eval_reasoner.py build/tasks --lengths 4096 --problems 50
+    python -m benchmarks.accuracy.lm_eval_reasoner build/tasks --lengths 4096 --problems 50
     python benchmarks/accuracy.py lm-eval --model build/reasoner --include-path build/tasks \
         --tasks reasoner_chase_4096,reasoner_trace_4096
 
@@ -18,13 +18,10 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from accuracy_problems import SLACK, problem_of
-from environment import ROOT
-
-sys.path.append(str(ROOT / "tools"))
-
 from reasoner import vocabulary
 from reasoner.problems import FAMILIES
+
+from benchmarks.accuracy.problems import SLACK, problem_of
 
 
 def write_task(folder: Path, family: str, length: int, problems: int, seed: int) -> str:

@@ -1,6 +1,6 @@
 """Picture of the decode benchmark, made from its CSV and from nothing else.
 
-    python benchmarks/plot_decode.py benchmarks/results/decode_cpu.csv docs/decode_cpu.svg
+    python -m benchmarks.speed.plot_decode benchmarks/results/decode_cpu.csv docs/decode_cpu.svg
 
 Left: ms per decode step, per case and backend. Right: speed-up over the baseline, with its range
 over the rounds. By default the rows are those of the latest row's commit, shape, dtype and machine;
@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import Case, Measurement, Summary, summarise
 from matplotlib.axes import Axes
-from picture import COLOURS, STYLE, TIMES, bar_width, grouped_bars, run, save, versions
+
+from benchmarks.lib.cases import Case
+from benchmarks.lib.picture import COLOURS, STYLE, TIMES, bar_width, grouped_bars, run, save, versions
+from benchmarks.lib.rows import Measurement
+from benchmarks.speed.summary import Summary, summarise
 
 
 def choose(rows: Sequence[Measurement], commit: str | None, shape: str | None) -> list[Measurement]:

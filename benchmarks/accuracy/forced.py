@@ -16,11 +16,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from accuracy_problems import QUESTION, problem_of
-from accuracy_settings import Records, Setting
-from engine import Json
 from reasoner import vocabulary
 
+from benchmarks.accuracy.jobs import Records
+from benchmarks.accuracy.problems import QUESTION, problem_of
+from benchmarks.accuracy.settings import Setting
+from benchmarks.lib.base import Json
 from vllm_delta.calibration.engine import Engine, Model
 from vllm_delta.calibration.file import with_calibrated_layers
 from vllm_delta.calibration.prompts import CalibrationError
@@ -47,7 +48,7 @@ def engine_options(jobs: Sequence[Json], length: int, arguments: Json) -> Json:
 
 
 def force_all(job: Json) -> Records:
-    """The outcomes of the job's questions, as `accuracy_problems.ask_all` gives them."""
+    """The outcomes of the job's questions, as `problems.ask_all` gives them."""
     setting = Setting(**job["setting"])
     try:
         engine = _engine(job)

@@ -29,30 +29,22 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from accuracy_settings import (
-    Records,
-    Setting,
-    activity,
-    add_arguments,
-    complete_arguments,
-    explain,
-    open_server,
-    raise_errors,
-    read_counters,
-    run_jobs,
-    server_jobs,
-)
-from common import TaskAccuracy, align, append_csv
-from engine import BenchmarkError, Json, describe_run, end_group, run_benchmark
-from environment import ROOT, version
+from server import Server, ServerError, tail
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from benchmarks.accuracy.jobs import Records, raise_errors, run_jobs
+from benchmarks.accuracy.options import add_arguments, complete_arguments
+from benchmarks.accuracy.servers import activity, explain, open_server, read_counters, server_jobs
+from benchmarks.accuracy.settings import Setting
+from benchmarks.lib.base import BenchmarkError, Json
+from benchmarks.lib.csv_rows import append_csv
+from benchmarks.lib.options import describe_run
+from benchmarks.lib.processes import end_group, run_benchmark
+from benchmarks.lib.provenance import version
+from benchmarks.lib.rows import TaskAccuracy
+from benchmarks.lib.text import align
 from vllm_delta.cli.options import json_object
 from vllm_delta.method.counters import difference
-
-sys.path.append(str(ROOT / "tools"))
-
-from server import Server, ServerError, tail
 
 TABLE_HEAD = ("task", "metric", "filter", "setting", "value", "stderr", "samples", "attended", "tokens", "s")
 LEFT_ALIGNED = ("task", "metric", "filter", "setting")
@@ -311,3 +303,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{run.shape}, {run.dtype}, vLLM {run.vllm}, {run.machine}, {run.cores} cores")
         print(table(rows))
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

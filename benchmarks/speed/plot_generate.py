@@ -1,6 +1,6 @@
 """Picture of the generation benchmark, made from its CSV and from nothing else.
 
-    python benchmarks/plot_generate.py benchmarks/results/generate_cuda.csv docs/generate_cuda.svg
+    python -m benchmarks.speed.plot_generate benchmarks/results/generate_cuda.csv docs/generate_cuda.svg
 
 The time of a step over the position in the output, one line per backend, with the total time in the
 legend. Of every backend it shows the latest row that agrees with the latest row of all in commit, shape,
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import Generation
-from engine import DELTA
-from picture import COLOURS, STYLE, TIMES, run, save, versions
+
+from benchmarks.lib.base import DELTA
+from benchmarks.lib.picture import COLOURS, STYLE, TIMES, run, save, versions
+from benchmarks.lib.rows import Generation
 
 
 def choose(rows: Sequence[Generation], commit: str | None, shape: str | None) -> list[Generation]:

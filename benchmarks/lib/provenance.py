@@ -11,13 +11,13 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+from benchmarks.lib.base import Json
 
 
-def describe_environment(script: str) -> dict[str, Any]:
-    """Date, commit, versions and command of this run."""
+def describe_environment(script: str) -> Json:
+    """Date, commit, versions and command of this run; `script` is a file, or "-m" and a module."""
     words = (re.sub("(^|=)/.*/", r"\1", word) for word in sys.argv[1:])  # whose machine is private
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -27,7 +27,7 @@ def describe_environment(script: str) -> dict[str, Any]:
         "torch": version("torch"),
         "vllm_delta": version("vllm-delta"),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "command": shlex.join(["python", script, *words]),
+        "command": shlex.join(["python", *script.split(), *words]),
     }
 
 

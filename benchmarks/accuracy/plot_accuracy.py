@@ -1,6 +1,6 @@
 """Picture of the accuracy benchmark, made from its CSV and from nothing else.
 
-    python benchmarks/plot_accuracy.py benchmarks/results/accuracy_cuda.csv docs/accuracy.svg
+    python -m benchmarks.accuracy.plot_accuracy benchmarks/results/accuracy_cuda.csv docs/accuracy.svg
 
 Accuracy over the share of the context that was attended to, all layers counted, with 95% confidence
 intervals: a panel per family, in a row per length. Settings of DELTA that differ in their budget alone are
@@ -18,14 +18,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from accuracy_settings import label
-from common import Accuracy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from picture import COLOURS, STYLE, run, save, versions
 
+from benchmarks.accuracy.settings import label
+from benchmarks.lib.picture import COLOURS, STYLE, run, save, versions
+from benchmarks.lib.rows import Accuracy
 from vllm_delta.method.config import DeltaConfig
 
 LINE_COLOURS = (

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -21,18 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accuracy_settings import Records, Setting, explain, open_server, read_counters
-from engine import BenchmarkError, Json
-from environment import ROOT
 from openai import OpenAIError
-
-from vllm_delta.method.counters import difference, total
-
-sys.path.append(str(ROOT / "tools"))
-
 from reasoner import vocabulary
 from reasoner.problems import Problem, check, make_problem
 from server import Server, ServerError
+
+from benchmarks.accuracy.jobs import Records
+from benchmarks.accuracy.servers import explain, open_server, read_counters
+from benchmarks.accuracy.settings import Setting
+from benchmarks.lib.base import BenchmarkError, Json
+from vllm_delta.method.counters import difference, total
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -1,6 +1,6 @@
 """Picture of the serving benchmark, made from its CSV and from nothing else.
 
-    python benchmarks/plot_serve.py benchmarks/results/serve_cuda.csv docs/serve_cuda.svg
+    python -m benchmarks.speed.plot_serve benchmarks/results/serve_cuda.csv docs/serve_cuda.svg
 
 Left: generated tokens per second over the request rate, one bar per backend. Right: the median time per
 output token, with a line up to the 99th percentile. The rows are those that agree with the latest in
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import Serving
-from engine import DELTA
 from matplotlib.axes import Axes
-from picture import COLOURS, STYLE, TIMES, bar_width, grouped_bars, run, save, versions
+
+from benchmarks.lib.base import DELTA
+from benchmarks.lib.picture import COLOURS, STYLE, TIMES, bar_width, grouped_bars, run, save, versions
+from benchmarks.lib.rows import Serving
 
 
 def choose(rows: Sequence[Serving], commit: str | None, shape: str | None) -> list[Serving]:

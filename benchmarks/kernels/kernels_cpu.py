@@ -25,12 +25,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Case
-from environment import ROOT, describe_environment, find_machine
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import _custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
+from benchmarks import ROOT
+from benchmarks.lib.cases import Case
+from benchmarks.lib.provenance import describe_environment, find_machine
 from vllm_delta.kernels.cpu import ops
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.attention import AttentionParameters
