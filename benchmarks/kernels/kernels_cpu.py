@@ -1,9 +1,7 @@
 """Time of one attention layer: DELTA's CPU kernels beside vLLM's own, on a full cache of random tokens.
 
-    python benchmarks/kernels.py                       # appends to benchmarks/results/kernels_cpu.csv
-
 For each case (batch x context) and shape, the four ways to run a layer alternate, and the fastest of a few
-calls counts in each round: what disturbs a call only ever makes it slower. `ratio` is the median over the
+calls counts in each round: what disturbs a call only ever makes it slower. The ratio is the median over the
 rounds of time / vLLM's time in the same round. GB/s are the bytes of keys and values that a layer reads,
 beside what a plain read of memory reaches here with the same threads. Calls go round between several
 sequences, as a model's layers do, so that no call finds its keys and values in the processor's cache.
@@ -14,45 +12,42 @@ sequences, as a model's layers do, so that no call finds its keys and values in 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import _custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
-from benchmarks import ROOT
+from benchmarks.kernels.timing import Heads, Timing
 from benchmarks.lib.cases import Case
-from benchmarks.lib.provenance import describe_environment, find_machine
 from vllm_delta.kernels.cpu import ops
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.attention import AttentionParameters
 from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.rows import DecodeRows
 
+SHAPES: dict[str, Heads] = {
+    "tiny28": (8, 2, 64),
+    "qwen2.5-7b": (28, 4, 128),
+    "qwen3-8b": (32, 8, 128),
+    "mha": (8, 8, 64),
+}
+CASES = "1x1k,1x16k,4x16k,4x32k"
+ROUNDS = 7
 #: tokens of a KV block in vLLM's default, and where DELTA chooses it; with vLLM's names of the layouts
 DENSE_BLOCK, DENSE_LAYOUT = 128, "vec"
 DELTA_BLOCK, DELTA_LAYOUT = 16, "vec16"
 #: of keys and values that calls go round in: several times a processor's cache
 ROTATED_BYTES = 2**28
 
-#: query heads, KV heads, head size
-SHAPES = {"tiny28": (8, 2, 64), "qwen2.5-7b": (28, 4, 128), "qwen3-8b": (32, 8, 128), "mha": (8, 8, 64)}
 
-
-def layers(
-    case: Case, shape: tuple[int, int, int], dtype: torch.dtype
-) -> dict[str, tuple[Callable[[], None], int]]:
+def layers(case: Case, heads: Heads, dtype: torch.dtype) -> dict[str, tuple[Callable[[], None], int]]:
     """The ways to run one layer, by name, each with the tokens of a sequence that it reads."""
-    num_heads, num_kv_heads, head_size = shape
+    num_heads, num_kv_heads, head_size = heads
     config = DeltaConfig()
     tokens = -(-case.context // DENSE_BLOCK) * DENSE_BLOCK
     copies = -(-ROTATED_BYTES // (case.batch * tokens * num_kv_heads * 2 * head_size * dtype.itemsize))
@@ -144,73 +139,26 @@ def fastest(call: Callable[[], None], calls: int) -> float:
     return min(times)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a plain read of memory, with torch's threads."""
+def prepare() -> float:
+    """Load the kernels; returns bytes per second of a plain read of memory, with torch's threads."""
+    current_platform.import_kernels()
+    ops.load_library()
     data = torch.ones(2**28)
     return data.nbytes / fastest(lambda: data.sum(), calls=10)  # type: ignore[arg-type]
 
 
-def measure(case: Case, shape: str, dtype: str, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One row per way to run the layer."""
-    _, num_kv_heads, head_size = SHAPES[shape]
+def measure(case: Case, heads: Heads, dtype: str, rounds: int) -> list[Timing]:
+    """The ways to run the layer."""
+    _, num_kv_heads, head_size = heads
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    ways = layers(case, SHAPES[shape], torch_dtype)
+    ways = layers(case, heads, torch_dtype)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, (call, _) in ways.items():
             times[name].append(fastest(call, calls=10))
-    rows = []
+    token_bytes = 2 * case.batch * num_kv_heads * head_size * torch_dtype.itemsize
+    timings = []
     for name, (_, tokens) in ways.items():
-        seconds = median(times[name])
-        read = 2 * case.batch * tokens * num_kv_heads * head_size * torch_dtype.itemsize
         ratios = [own / dense for own, dense in zip(times[name], times["dense"], strict=True)]
-        rows.append(
-            {
-                "shape": shape,
-                "dtype": dtype,
-                "batch": case.batch,
-                "context": case.context,
-                "layer": name,
-                "microseconds": round(seconds * 1e6, 1),
-                "ratio": round(median(ratios), 3),
-                "gb_per_second": round(read / seconds / 1e9, 1),
-                "read_bandwidth_gb_per_second": round(bandwidth / 1e9, 1),
-            }
-        )
-    return rows
-
-
-def main(argv: Sequence[str]) -> int:
-    """Measure all cases, print and record them; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Time of one attention layer on the CPU.")
-    parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--cases", default="1x1k,1x16k,4x16k,4x32k")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "kernels_cpu.csv")
-    args = parser.parse_args(argv)
-    platform, machine = find_machine()
-    if platform != "cpu":
-        parser.error("this measures on the CPU; benchmarks/kernels_gpu.py on a GPU")
-    current_platform.import_kernels()
-    ops.load_library()
-    shared = describe_environment("benchmarks/kernels.py") | {"machine": machine}
-    bandwidth = read_bandwidth()
-    cases = [(shape, Case.parse(text)) for shape in args.shapes.split(",") for text in args.cases.split(",")]
-    rows: list[dict[str, Any]] = []
-    for shape, case in tqdm(cases, unit="case"):
-        rows += measure(case, shape, args.dtype, args.rounds, bandwidth)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items() if "bandwidth" not in key))
-    new = not args.csv.exists()
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*shared, *rows[0]], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(shared | row for row in rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        timings.append(Timing(name, median(times[name]) * 1e6, median(ratios), token_bytes * tokens))
+    return timings

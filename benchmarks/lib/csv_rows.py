@@ -6,11 +6,12 @@ import csv
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.lib.rows import Run
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-Row = TypeVar("Row", bound=Run)
+Row = TypeVar("Row", bound="DataclassInstance")
 
 _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
@@ -21,7 +22,7 @@ _READ: dict[str, Callable[[str], Any]] = {
 }
 
 
-def append_csv(path: Path, row: Run) -> None:
+def append_csv(path: Path, row: DataclassInstance) -> None:
     """Append `row`, after a header if the file is new; raises ValueError on a foreign header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     check_header(path, type(row))
@@ -33,7 +34,7 @@ def append_csv(path: Path, row: Run) -> None:
         writer.writerow(asdict(row))
 
 
-def check_header(path: Path, kind: type[Run]) -> None:
+def check_header(path: Path, kind: type[DataclassInstance]) -> None:
     """Raise ValueError if `path` holds rows of other columns than those of `kind`."""
     if not path.exists() or path.stat().st_size == 0:
         return

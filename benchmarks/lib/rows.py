@@ -11,8 +11,8 @@ from benchmarks.lib.cases import Case
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """The columns of every CSV: what ran, and where."""
+class Provenance:
+    """Where a row comes from: the columns that let somebody else repeat it."""
 
     date: str  # ISO, start of the run; equal in all rows of a run
     commit: str  # with "+dirty" if tracked files differed from it
@@ -23,6 +23,12 @@ class Run:
     vllm_delta: str
     python: str
     command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Provenance):
+    """A row about vLLM with one backend."""
+
     shape: str
     dtype: str
     backend: str
@@ -183,3 +189,43 @@ class TaskAccuracy(AnswerRun):
     value: float
     stderr: float | None
     samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTime(Provenance):
+    """One kernel, or one way to run an attention layer, in one case.
+
+    The dense kernel is "dense" on a CPU, and "fa3" (FlashAttention 3) on a GPU.
+    """
+
+    shape: str
+    dtype: str
+    batch: int
+    context: int  # tokens of each sequence
+    kernel: str
+    microseconds: float  # median over rounds
+    ratio: float  # of its time to the dense kernel's in the same run
+    gb_per_second: float  # bytes of keys and values that it reads, in 10^9
+    memory_gb_per_second: float  # CPU: of a plain read; GPU: of a copy, bytes read plus bytes written
+
+    @property
+    def case(self) -> Case:
+        """What was timed."""
+        return Case(self.batch, self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """One logged step of a training of the reasoner, by ``python -m reasoner.train --log``."""
+
+    step: int
+    tokens: int  # seen until then
+    seconds: float  # since the start
+    rate: float  # the learning rate
+    loss: float  # nats per token of an answer
+    length_chase: int  # tokens of the family's longest problems by then
+    right_chase: float  # share of the answers' tokens that is right, the right ones so far given
+    length_trace: int
+    right_trace: float
+    length_needles: int
+    right_needles: float
