@@ -71,7 +71,7 @@ class Sweep:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.settings: list[Setting] = args.expanded
-        self.shared = describe_run(args, "accuracy")
+        self.shared = describe_run(args, "benchmarks/accuracy.py")
         self.weights = args.shape if args.url else fingerprint(Path(args.model))
         self.outcomes = Outcomes(args.outcomes)
         self.run_id = uuid.uuid4().hex[:12]

@@ -223,7 +223,7 @@ def table(rows: Sequence[TaskAccuracy]) -> str:
 
 def benchmark(args: argparse.Namespace, folder: Path, rows: list[TaskAccuracy]) -> None:
     """Every task under every setting; rows are in the CSV, and in `rows`, as soon as a task is done."""
-    shared = describe_run(args, "accuracy")
+    shared = describe_run(args, "benchmarks/accuracy.py")
     own = ("tasks", "chat", "think_end", "model_args", "fewshot", "limit", "sampling", "system", "seed")
     more: Json = {name: getattr(args, name) for name in own}
     more |= {

@@ -67,8 +67,8 @@ def complete_arguments(
 
 
 def describe_run(args: argparse.Namespace, script: str) -> Json:
-    """The columns of `Run` that all rows of this run share."""
-    return describe_environment(f"benchmarks/{script}.py") | {
+    """The columns of `Run` that all rows of this run share; `script` as `describe_environment` takes it."""
+    return describe_environment(script) | {
         "commit": args.commit or git_commit(),
         "machine": args.machine,
         "shape": Path(args.model).name if args.model else args.shape,

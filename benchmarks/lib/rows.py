@@ -114,6 +114,19 @@ class Generation(EngineRun):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepProfile(EngineRun):
+    """What the host does in a decode step: one of its parts, which `profile_steps` lists, in one process."""
+
+    requests: int
+    prompt: int  # tokens of each
+    steps: int  # that were timed, one token of each request apiece
+    part: str
+    calls_per_step: float
+    ms_per_step: float  # mean; what the part calls is in it
+    cpu_ms_per_step: float  # mean time of the main thread on a processor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Serving(Run):
     """One request rate of the serving benchmark; the names are those of ``vllm bench serve``."""
 

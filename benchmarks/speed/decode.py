@@ -160,7 +160,7 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Measurement], s
         "lengths": args.lengths,
         "samples": args.samples,
     }
-    shared = describe_run(args, "decode") | {"baseline": arms[0]}
+    shared = describe_run(args, "benchmarks/decode.py") | {"baseline": arms[0]}
     total = args.rounds * len(arms) * len(args.cases)
     with tqdm(total=total, unit="case", dynamic_ncols=True) as progress:
         for round_, arm in ((r, arm) for r in range(1, args.rounds + 1) for arm in arms):

@@ -172,7 +172,7 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Generation]) ->
     names = ("requests", "prompt", "output", "bin", "ttft_prompt", "ttft_rounds")
     own = {name: getattr(args, name) for name in (*names, "prefill_output", "prefill_rounds")}
     own["prefill"] = str(args.prefill) if args.prefill else None
-    shared = describe_run(args, "generate")
+    shared = describe_run(args, "benchmarks/generate.py")
     arms = arm_names(args.backends)
     with tqdm(total=len(arms) * (3 if args.prefill else 2), unit="part", dynamic_ncols=True) as progress:
         for arm in arms:

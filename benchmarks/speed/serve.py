@@ -80,7 +80,7 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Serving]) -> No
     """One server per backend, all rates; every row is in the CSV, and in `rows`, as soon as it is there."""
     model = args.model or write_model(args.shape, folder)
     tokenizer = write_tokenizer(folder, read_config(model)["vocab_size"])
-    shared = describe_run(args, "serve")
+    shared = describe_run(args, "benchmarks/serve.py")
     arms = arm_names(args.backends)
     with tqdm(total=len(arms) * len(args.rates), unit="rate", dynamic_ncols=True) as progress:
         for arm in arms:
