@@ -83,7 +83,7 @@ class Sweep:
         }
 
     def answerer(self, setting: Setting) -> Json:
-        """What tells this setting's outcomes from others in the file."""
+        """What distinguishes this setting's outcomes from others in the file."""
         options = [*self.args.server, *["--forced"][: self.args.forced]]
         return setting.columns | {"weights": self.weights, "dtype": self.args.dtype, "options": options}
 

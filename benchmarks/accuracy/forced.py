@@ -1,7 +1,7 @@
 """The reasoner's problems under many settings in one engine, the right answer so far given at every step.
 
 A greedy answer is right if and only if the likeliest token is the right one at every step that follows right
-ones. So one pass over prompt and right answer, in which the answer's tokens are decode rows, tells whether an
+ones. So one pass is enough, over prompt and right answer, whose tokens are decode rows. It shows whether the
 answer would be exact, and how many steps come before the first wrong one, in a fraction of the time that
 writing it takes. Settings change between passes; other policies, which are slow row by row, take all rows of
 an answer at once. What is not covered is the server; a few settings should be asked both ways.

@@ -4,7 +4,7 @@
 
 Accuracy over the share of the context that was attended to, all layers counted, with 95% confidence
 intervals: a panel per family, in a row per length. Settings of DELTA that differ in their budget alone are
-one line, and the marks on it tell the budget; a dense backend is a dashed line with its interval. Of every
+one line, and the marks on it show the budget; a dense backend is a dashed line with its interval. Of every
 setting it shows the latest row that agrees with the latest row of all in commit, model, weights, machine,
 way, seed and number of problems; `--commit` and `--shape` choose others. The same rows give the same SVG,
 byte for byte.

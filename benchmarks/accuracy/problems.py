@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 SLACK = 8
 #: of the standard normal distribution: 95% lie between it and its opposite
 Z95 = 1.959963984540054
-#: what tells a question from another
+#: what distinguishes a question from another
 QUESTION = ("family", "length", "seed", "index", "problem")
-#: what tells the answerer from another
+#: what distinguishes the answerer from another
 ANSWERER = ("setting", "backend", "settings", "weights", "dtype", "options")
 
 

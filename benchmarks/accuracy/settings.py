@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def columns(self) -> Json:
-        """The CSV's columns that tell settings apart."""
+        """The CSV's columns that distinguish settings."""
         settings = json.dumps(self.delta, sort_keys=True)
         return {"setting": self.name, "backend": self.backend, "settings": settings}
 

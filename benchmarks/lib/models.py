@@ -104,7 +104,7 @@ def engine_arguments(args: argparse.Namespace, folder: Path, needs: Sequence[Cas
 
 
 def worker_job(args: argparse.Namespace, engine: Json, arm: str) -> Json:
-    """What every worker is told; a benchmark adds its own."""
+    """What every worker is given; a benchmark adds its own."""
     backend = arm.partition("#")[0]
     own: Json = {"attention_backend": backend}
     if backend == DELTA and args.delta:

@@ -77,6 +77,6 @@ def describe_run(args: argparse.Namespace, script: str) -> Json:
 
 
 def describe_arm(args: argparse.Namespace, arm: str) -> Json:
-    """The columns of `Run` that tell an arm from others."""
+    """The columns of `Run` that distinguish an arm from others."""
     settings = args.delta if arm.partition("#")[0] == DELTA else {}
     return {"backend": arm, "settings": json.dumps(settings, sort_keys=True)}

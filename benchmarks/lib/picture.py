@@ -22,7 +22,7 @@ from benchmarks.lib.csv_rows import Row, read_csv
 from benchmarks.lib.rows import Run
 
 TIMES = "\u00d7"
-COLOURS = ("#8c96a3", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes
+COLOURS = ("#8c96a3", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinct to colour-blind eyes
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "decode",
     "font.size": 10,

@@ -228,6 +228,25 @@ class KernelTime(Provenance):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison(Provenance):
+    """One case of a benchmark at two commits, in one round; `commit` is that of the script which compares."""
+
+    bench: str
+    commit_a: str
+    commit_b: str
+    case: str
+    metric: str  # the benchmark's column, with its unit; smaller is better
+    round: int
+    value_a: float
+    value_b: float
+
+    @property
+    def ratio(self) -> float:
+        """B's time / A's."""
+        return self.value_b / self.value_a
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingStep:
     """One logged step of a training of the reasoner, by ``python -m reasoner.train --log``."""
 

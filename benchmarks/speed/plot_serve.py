@@ -61,7 +61,7 @@ def draw_throughput(axes: Axes, rows: Sequence[Serving], colours: dict[str, str]
     places = draw_bars(axes, rows, colours, lambda row: row.output_throughput)
     for row, dense in compared(rows):
         gain = row.output_throughput / dense.output_throughput
-        tell_gain(axes, places[row.request_rate, row.arm], row.output_throughput, gain)
+        write_gain(axes, places[row.request_rate, row.arm], row.output_throughput, gain)
     axes.set_title("generated tokens per second", loc="left")
     axes.set_xlabel(f"{first.prompts} requests, {first.input} tokens in, {first.output} out")
     axes.legend(frameon=False, loc="upper left")
@@ -75,7 +75,7 @@ def draw_latency(axes: Axes, rows: Sequence[Serving], colours: dict[str, str]) -
         axes.vlines(place, row.median_tpot_ms, row.p99_tpot_ms, color="#57606a", linewidth=1.5)
     for row, dense in compared(rows):
         gain = dense.median_tpot_ms / row.median_tpot_ms
-        tell_gain(axes, places[row.request_rate, row.arm], row.p99_tpot_ms, gain)
+        write_gain(axes, places[row.request_rate, row.arm], row.p99_tpot_ms, gain)
     axes.set_title("time per output token, ms", loc="left")
     axes.set_xlabel("bars: median; lines: up to the 99th percentile")
 
@@ -87,7 +87,7 @@ def compared(rows: Sequence[Serving]) -> list[tuple[Serving, Serving]]:
     return [(row, baseline[row.request_rate]) for row in others]
 
 
-def tell_gain(axes: Axes, place: float, top: float, gain: float) -> None:
+def write_gain(axes: Axes, place: float, top: float, gain: float) -> None:
     """Write a ratio above a bar."""
     axes.text(place, top, f"{gain:.2f}{TIMES}", ha="center", va="bottom", fontsize=9)
 

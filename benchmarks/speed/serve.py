@@ -47,7 +47,7 @@ LATENCIES = tuple(
 )
 #: columns that are taken from the client as they are
 MEASURED = ("duration", "request_throughput", "output_throughput", *LATENCIES)
-TABLE_HEAD = ("req/s", "backend", "served/s", "tok/s", *(name.removesuffix("_ms") for name in LATENCIES))
+TABLE_HEAD = ("req/s", "backend", "answered/s", "tok/s", *(name.removesuffix("_ms") for name in LATENCIES))
 LEFT_ALIGNED = ("backend",)
 
 DEFAULTS = {  # by platform
