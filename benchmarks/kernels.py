@@ -1,18 +1,10 @@
-"""Time of one attention layer, DELTA's kernels beside vLLM's: runs `kernels_gpu` or `kernels_cpu`.
-
-python benchmarks/kernels.py --help
-"""
-
-from __future__ import annotations
+"""Time of one attention layer: starts `benchmarks.kernels.kernels` from any folder."""
 
 import sys
-
-from environment import find_machine
-
-if find_machine()[0] == "cuda":
-    from kernels_gpu import main
-else:
-    from kernels_cpu import main
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+    from benchmarks.kernels.kernels import main
+
     sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from argparse import Namespace
 from contextlib import contextmanager
@@ -11,19 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
-from conftest import ROOT, in_fresh_process
+from conftest import in_fresh_process
+from reasoner import vocabulary
 from test_reasoner import solve
 
-sys.path.append(str(ROOT / "benchmarks"))
-
-import accuracy
-import accuracy_lm_eval
-import lm_eval_reasoner
-from accuracy_problems import Outcomes, ask_all, question_of, wilson
-from accuracy_settings import Setting, activity, label, parse_layers, run_jobs
-from common import Accuracy, TaskAccuracy, read_csv
-from engine import BenchmarkError
-from reasoner import vocabulary
+from benchmarks.accuracy import accuracy, lm_eval, lm_eval_reasoner
+from benchmarks.accuracy.jobs import run_jobs
+from benchmarks.accuracy.problems import Outcomes, ask_all, question_of, wilson
+from benchmarks.accuracy.servers import activity
+from benchmarks.accuracy.settings import Setting, label, parse_layers
+from benchmarks.lib.base import BenchmarkError
+from benchmarks.lib.csv_rows import read_csv
+from benchmarks.lib.rows import Accuracy, TaskAccuracy
 
 FAMILIES = "chase,trace,needles"
 
@@ -398,7 +396,7 @@ def test_a_server_that_is_not_there_is_an_error(tmp_path, capsys) -> None:
 def test_picture_of_a_training(tmp_path, capsys) -> None:
     """Of logs one after another, the same each time; other files are refused."""
     pytest.importorskip("matplotlib")
-    import plot_training
+    from benchmarks.accuracy import plot_training
 
     log = tmp_path / "log.csv"
     rows = [f"{step},{100 * step + 50},{4 / (step + 1)},128,{1 - 0.5**step}" for step in range(12)]
@@ -417,7 +415,7 @@ def test_picture_of_a_training(tmp_path, capsys) -> None:
 
 def test_picture(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    import plot_accuracy
+    from benchmarks.accuracy import plot_accuracy
 
     with serving(solve) as oracle:
         sweep(tmp_path, oracle)
@@ -473,7 +471,7 @@ def test_lm_eval_scores_right_answers(tmp_path, tasks, monkeypatch, ways) -> Non
         return spoiled(text) if text.startswith("trace") else solve(text)
 
     with serving(answer) as oracle:
-        assert run(tmp_path, *options, script=accuracy_lm_eval, url=oracle.url) == 0
+        assert run(tmp_path, *options, script=lm_eval, url=oracle.url) == 0
         assert len(oracle.asked) == len(set(oracle.asked)) == 8
     rows = read_csv(tmp_path / "rows.csv", TaskAccuracy)
     assert [(row.task, row.metric, row.value, row.samples) for row in rows] == [
@@ -513,10 +511,10 @@ class FakeEngine:
 
 
 def test_right_answers_are_judged(tmp_path, monkeypatch) -> None:
-    import accuracy_forced
+    from benchmarks.accuracy import forced
 
     engine = FakeEngine()
-    monkeypatch.setattr(accuracy_forced, "_engine", lambda job: engine)
+    monkeypatch.setattr(forced, "_engine", lambda job: engine)
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"max_position_embeddings": 2048}')
@@ -546,11 +544,11 @@ def test_right_answers_are_judged(tmp_path, monkeypatch) -> None:
 
 
 def test_what_an_engine_needs_for_all_settings() -> None:
-    from accuracy_forced import engine_options
+    from benchmarks.accuracy import forced
 
     deltas = [{}, {"budget_tokens": 4096}, {"page_size": 64, "sink_tokens": 64}, {"page_size": 128}]
     jobs = [{"setting": {"delta": delta}} for delta in deltas]
-    needs = engine_options(jobs, 1000, {"dtype": "float32"})
+    needs = forced.engine_options(jobs, 1000, {"dtype": "float32"})
     options = {"dtype": "float32", "block_size": 64}
     assert needs == {"page_size": 16, "budget": 4096, "length": 1000, "options": options}
 

@@ -1,0 +1,1 @@
+"""Exact answers of the reasoner, and tasks of lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""What is about all benchmarks: the list of their results, the tables of the documentation, two commits."""

@@ -1,0 +1,10 @@
+"""Time of two commits: starts `benchmarks.across.compare` from any folder."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+    from benchmarks.across.compare import main
+
+    sys.exit(main(sys.argv[1:]))

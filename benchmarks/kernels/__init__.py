@@ -1,0 +1,1 @@
+"""Time of one attention layer, DELTA's kernels beside vLLM's."""

@@ -1,0 +1,10 @@
+"""Tables of the documentation: starts `benchmarks.across.report` from any folder."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+    from benchmarks.across.report import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Time of decoding, of whole generations and of servers, inside vLLM."""
