@@ -250,7 +250,6 @@ def test_divergence_of_the_likeliest_tokens(monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     (tmp_path / "read only").mkdir()
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
     (tmp_path / "empty").write_text("\n \n")

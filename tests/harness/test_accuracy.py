@@ -395,7 +395,6 @@ def test_a_server_that_is_not_there_is_an_error(tmp_path, capsys) -> None:
 
 def test_picture_of_a_training(tmp_path, capsys) -> None:
     """Of logs one after another, the same each time; other files are refused."""
-    pytest.importorskip("matplotlib")
     from benchmarks.accuracy import plot_training
 
     log = tmp_path / "log.csv"
@@ -414,7 +413,6 @@ def test_picture_of_a_training(tmp_path, capsys) -> None:
 
 
 def test_picture(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
     from benchmarks.accuracy import plot_accuracy
 
     with serving(solve) as oracle:
@@ -436,9 +434,7 @@ def jobs_of(oracle, count):
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_settings_run_one_after_another_or_through_ray(parallel) -> None:
-    """One that fails does not stop the others, and is told in the end."""
-    if parallel > 1:
-        pytest.importorskip("ray")
+    """One that fails does not stop the others, and is reported in the end."""
     taken = []
     with serving(solve) as oracle:
         jobs = jobs_of(oracle, 3)
@@ -461,7 +457,6 @@ def tasks(tmp_path):
 
 @pytest.mark.parametrize("ways", [(), ("--chat", "--think-end", "</think>")])
 def test_lm_eval_scores_right_answers(tmp_path, tasks, monkeypatch, ways) -> None:
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     options = ["--tasks", "reasoner_chase_200,reasoner_trace_200", "--include-path", str(tasks), *ways]

@@ -23,7 +23,6 @@ def words_of(picture: str) -> list[str]:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_is_that_of_the_results_and_the_same_each_time(tmp_path, name):
-    pytest.importorskip("matplotlib")
     module, results = PICTURES[name]
     plot = import_module(module)
     pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
@@ -44,7 +43,6 @@ def test_every_picture_can_be_drawn_again():
 
 def test_a_serving_picture_shows_rows_of_one_kind(tmp_path, capsys):
     """The latest row says of which sizes; a shape that no row has is an error."""
-    pytest.importorskip("matplotlib")
     plot_serve = import_module("benchmarks.speed.plot_serve")
     rows = read_csv(RESULTS / "serve_cuda.csv", Serving)
     other = replace(rows[0], prompts=rows[0].prompts + 1)
