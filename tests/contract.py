@@ -149,7 +149,7 @@ class Results:
     full_counters: list[int]
     selection_counters: list[int]
     sparse_counters: list[int]
-    #: of each row, where the implementation tells
+    #: of each row, where the implementation reports them
     scores: list[Tensor | None] = field(default_factory=list)
 
 

@@ -65,8 +65,8 @@ def logprobs_with_choices(model: Path, prompt: list[int], answer: list[int], cho
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
     def attention(module, query, key, value, _mask, scaling, **_):
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        heads_per_kv_head = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(heads_per_kv_head, 1) for part in (key, value))
         scores = query @ key.transpose(2, 3) * scaling
         probabilities = scores.masked_fill(~causal, -math.inf).softmax(-1)
         mask = choose(module.layer_idx, query[0], key[0], probabilities[0])

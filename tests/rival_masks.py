@@ -19,7 +19,7 @@ class MaskRow(NamedTuple):
     keys: np.ndarray  # [heads, tokens, head size]
     logits: np.ndarray  # [heads, tokens]
     probabilities: np.ndarray  # [heads, tokens]
-    groups: int  # query heads of a KV head
+    heads_per_kv_head: int
 
 
 class Budget(NamedTuple):
@@ -50,25 +50,25 @@ def quest(row, budget):
     heads, length = row.logits.shape
     budget_pages, recent_pages, sink_pages = budget.pages()
     mask = np.zeros((heads, length), dtype=bool)
-    for first in range(0, heads, row.groups):
-        group = range(first, first + row.groups)
+    for first in range(0, heads, row.heads_per_kv_head):
+        together = range(first, first + row.heads_per_kv_head)
         bounds = []
         for start in range(0, length, budget.page):
             page = row.keys[first, start : start + budget.page]
             low, high = page.min(axis=0), page.max(axis=0)
-            bounds.append(max(np.maximum(row.query[h] * low, row.query[h] * high).sum() for h in group))
+            bounds.append(max(np.maximum(row.query[h] * low, row.query[h] * high).sum() for h in together))
         pages = choose_pages(np.array(bounds), 1, budget_pages, max(1, recent_pages), sink_pages)
-        mask[group] = np.repeat(pages, budget.page)[:length]
+        mask[together] = np.repeat(pages, budget.page)[:length]
     return mask
 
 
 def tidal(row, budget):
     heads, length = row.logits.shape
     mask = np.zeros((heads, length), dtype=bool)
-    for first in range(0, heads, row.groups):
-        score = row.probabilities[first : first + row.groups].max(axis=0)
+    for first in range(0, heads, row.heads_per_kv_head):
+        score = row.probabilities[first : first + row.heads_per_kv_head].max(axis=0)
         best = np.lexsort((np.arange(length), -score))
-        for head in range(first, first + row.groups):
+        for head in range(first, first + row.heads_per_kv_head):
             mask[head, best[: budget.budget]] = True
     return mask
 

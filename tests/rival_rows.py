@@ -45,8 +45,8 @@ def random_rows(lengths, heads, kv_heads, size, softcap, sinks):
 
 def mask_row(rows, number=0):
     """One of them for the masks, with probabilities of its own."""
-    length, groups = int(rows.lengths[number]), rows.queries.shape[1] // rows.num_kv_heads
-    keys = rows.keys[:length].transpose(0, 1).repeat_interleave(groups, 0).numpy()
+    length, heads_per_kv_head = int(rows.lengths[number]), rows.queries.shape[1] // rows.num_kv_heads
+    keys = rows.keys[:length].transpose(0, 1).repeat_interleave(heads_per_kv_head, 0).numpy()
     query = rows.queries[number].numpy()
     logits = np.stack([key @ one for key, one in zip(keys, query, strict=True)]) * rows.parameters.scale
     if softcap := rows.parameters.softcap:
@@ -55,13 +55,13 @@ def mask_row(rows, number=0):
     sinks = rows.parameters.sinks
     rest = 0 if sinks is None else np.exp(sinks.numpy())
     probabilities = weights / (weights.sum(axis=1) + rest)[:, None]
-    return MaskRow(query, keys, logits, probabilities, groups)
+    return MaskRow(query, keys, logits, probabilities, heads_per_kv_head)
 
 
 def as_mask(rows, tokens, number=0):
     """A row's tokens as a mask ``[heads, tokens]`` of those that it sees; it attends to no other."""
-    length, groups = int(rows.lengths[number]), rows.queries.shape[1] // rows.num_kv_heads
-    mask = tokens[number].expand(rows.num_kv_heads, -1).repeat_interleave(groups, 0)
+    length, heads_per_kv_head = int(rows.lengths[number]), rows.queries.shape[1] // rows.num_kv_heads
+    mask = tokens[number].expand(rows.num_kv_heads, -1).repeat_interleave(heads_per_kv_head, 0)
     assert not mask[:, length:].any()
     return mask[:, :length].numpy()
 
@@ -72,7 +72,9 @@ def masked_attention(rows, mask, number=0):
     weights = row.probabilities * mask  # of the whole softmax: what is left out is taken out below
     sink = 0 if rows.parameters.sinks is None else 1 - row.probabilities.sum(axis=1)
     weights /= (weights.sum(axis=1) + sink)[:, None]
-    values = rows.values[: weights.shape[1]].transpose(0, 1).repeat_interleave(row.groups, 0).numpy()
+    values = (
+        rows.values[: weights.shape[1]].transpose(0, 1).repeat_interleave(row.heads_per_kv_head, 0).numpy()
+    )
     return np.stack([weight @ value for weight, value in zip(weights, values, strict=True)])
 
 

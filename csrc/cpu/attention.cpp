@@ -14,13 +14,13 @@
 //
 //   page score = sum of s[t] over the page's tokens
 //
-// Rows are processed in rounds that fit the workspace. A round has two loops, spread over all
-// threads:
+// Rows are processed in rounds that fit the workspace. A round has four stages in two loops, spread
+// over all threads:
 //   1. splits of 512 tokens x KV heads: logits, then the split's maximum, sum and unnormalised
 //   output;
 //   2. whoever finishes the last split of a row and KV head combines the splits of its query heads.
 // and where a selection is wanted
-//   3. splits: page scores from the stored logits (K is read once, in step 1);
+//   3. splits: page scores from the stored logits (K is read once, in stage 1);
 //   4. whoever finishes the last split of a row selects its pages.
 // Rows are cut at fixed places and their splits combined in order, so the result for a row has the
 // same bits in any batch and with any number of threads.
@@ -104,8 +104,8 @@ int64_t find_vectors(const Problem& p, const Row& row, int64_t split, const T* c
   return tokens;
 }
 
-// Step 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride], and
-// the split's maximum, sum and output.
+// Stage 1 for `kHeads` query heads of one KV head: logits into `logits` [kHeads, kLogitsStride],
+// and the split's maximum, sum and output.
 template <typename T, typename Layout, int kHeads>
 void attend_split(const Problem& p, const TokenVector<T>* vectors, int64_t tokens,
                   const float* query, float* logits, float* output, float* maxima, float* sums) {
@@ -169,7 +169,7 @@ template <typename T, typename Layout>
 using AttendSplit = void (*)(const Problem&, const TokenVector<T>*, int64_t, const float*, float*,
                              float*, float*, float*);
 
-// Step 1 for all query heads of one KV head.
+// Stage 1 for all query heads of one KV head.
 template <typename T, typename Layout>
 void attend_item(const Problem& p, const Row& row, int64_t split, int64_t kv_head) {
   static constexpr AttendSplit<T, Layout> kByHeads[kMaxHeads] = {
@@ -206,7 +206,7 @@ void attend_item(const Problem& p, const Row& row, int64_t split, int64_t kv_hea
   }
 }
 
-// Step 2 for one row and head.
+// Stage 2 for one row and head.
 template <typename T>
 void combine_splits(const Problem& p, const Row& row, int64_t row_in_round, int64_t head) {
   const Workspace& w = p.workspace;
@@ -236,7 +236,7 @@ void combine_splits(const Problem& p, const Row& row, int64_t row_in_round, int6
   for (int64_t i = 0; i < d; ++i) from_float(sum_of_outputs[i] * inverse, target[i]);
 }
 
-// Step 3 for one split of a row.
+// Stage 3 for one split of a row.
 void score_split(const Problem& p, const Row& row, int64_t row_in_round, int64_t split) {
   const Workspace& w = p.workspace;
   const int64_t first = split * kSplitTokens;
@@ -262,7 +262,7 @@ void score_split(const Problem& p, const Row& row, int64_t row_in_round, int64_t
   }
 }
 
-// Step 4 for one row.
+// Stage 4 for one row.
 void select_row(const Problem& p, const Row& row) {
   const int64_t num_pages = p.row_pages(row.index);
   const float* const scores = p.workspace.page_scores + row.scores_offset;

@@ -3,7 +3,7 @@
 // Both layouts offer the same two loops over vectors of 16 tokens, and both add up in the same
 // order (over head dimensions for a logit, over tokens for an output), so that a token's logit has
 // the same bits wherever the token lies. While they work on some vectors they ask for the next
-// ones: blocks lie anywhere in memory, and their rows in strides that the hardware does not
+// ones: blocks lie anywhere in memory, and their lines in strides that the hardware does not
 // foresee.
 #pragma once
 
@@ -35,10 +35,10 @@ struct TransposedLayout {
       for (int v = 0; v < kTokenVectors; ++v) sums[g][v] = broadcast(0.0f);
     }
     for (int64_t d = 0; d < head_size; ++d) {
-      const int64_t row = d * block_size;
-      for (int v = 0; v < kTokenVectors; ++v) __builtin_prefetch(keys[kTokenVectors + v] + row);
+      const int64_t line = d * block_size;
+      for (int v = 0; v < kTokenVectors; ++v) __builtin_prefetch(keys[kTokenVectors + v] + line);
       f32x16 key[kTokenVectors];
-      for (int v = 0; v < kTokenVectors; ++v) key[v] = load16(keys[v] + row);
+      for (int v = 0; v < kTokenVectors; ++v) key[v] = load16(keys[v] + line);
       for (int g = 0; g < kHeads; ++g) {
         const f32x16 q = broadcast(query[g * head_size + d]);
         for (int v = 0; v < kTokenVectors; ++v) sums[g][v] += q * key[v];
@@ -61,11 +61,11 @@ struct TransposedLayout {
     for (int g = 0; g < kHeads; ++g) {
       for (int v = 0; v < kVectors; ++v) sums[g][v] = load16(target + g * head_size + v * kLanes);
     }
-    const auto row = [=](const TokenVector<T>& of) {
+    const auto line = [=](const TokenVector<T>& of) {
       return of.block + (block_size + of.first) * head_size + dim_vector * kLanes;
     };
-    const T* values = row(vector[0]);
-    const T* next = row(vector[1]);
+    const T* values = line(vector[0]);
+    const T* next = line(vector[1]);
     for (int64_t t = 0; t < count; ++t, values += head_size, next += head_size) {
       for (int v = 0; v < kVectors; v += kVectorsPerCacheLine)
         __builtin_prefetch(next + v * kLanes);
@@ -99,10 +99,10 @@ struct AmxLayout {
       for (int v = 0; v < kTokenVectors; ++v) sums[g][v] = broadcast(0.0f);
     }
     for (int64_t d = 0; d < head_size; d += 2) {
-      const int64_t row = d * kLanes;
-      for (int v = 0; v < kTokenVectors; ++v) __builtin_prefetch(keys[kTokenVectors + v] + row);
+      const int64_t line = d * kLanes;
+      for (int v = 0; v < kTokenVectors; ++v) __builtin_prefetch(keys[kTokenVectors + v] + line);
       f32x16 even[kTokenVectors], odd[kTokenVectors];
-      for (int v = 0; v < kTokenVectors; ++v) load16_pairs(keys[v] + row, even[v], odd[v]);
+      for (int v = 0; v < kTokenVectors; ++v) load16_pairs(keys[v] + line, even[v], odd[v]);
       for (int g = 0; g < kHeads; ++g) {
         const f32x16 q_even = broadcast(query[g * head_size + d]);
         const f32x16 q_odd = broadcast(query[g * head_size + d + 1]);

@@ -19,7 +19,7 @@ constexpr int64_t kLogitsStride = kSplitTokens + 16;
 // Tokens that one vector holds. Pages and KV blocks are multiples of it.
 constexpr int64_t kLanes = 16;
 
-// Query heads that share one pass over the keys and values.
+// Query heads that share one reading of the keys and values.
 constexpr int64_t kMaxHeads = 8;
 
 // The largest head size; bounds the scratch memory on the stack.

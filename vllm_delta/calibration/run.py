@@ -132,7 +132,7 @@ def calibrate(
         engine: of the model.
         prompts: as `Engine.answer` takes them; at least two answers have to exceed the budget.
         options: what is asked for.
-        progress: is called with a part's name; what it returns is called at each of its steps.
+        progress: is called with a part's name; what it returns is called whenever a bit of it is done.
 
     Raises:
         CalibrationError: too few answers beyond the budget, or a number of passes that the model cannot have.

@@ -57,7 +57,7 @@ def search(eligible: Sequence[int], number: int, loss: Loss, screen: Loss | None
 
     It adds the pass that lowers the loss most, one after another, then moves single passes by up to `REACH`
     layers as long as that lowers the loss. `screen` is a cheaper loss, of which the best `SURVIVORS` of each
-    round are compared by `loss`; without it all are. Losses are asked for once per set.
+    turn are compared by `loss`; without it all are. Losses are asked for once per set.
 
     Raises:
         ValueError: a number that is less than one or more than the layers.
@@ -96,8 +96,8 @@ def _neighbours(passes: Passes, eligible: Sequence[int]) -> set[Passes]:
 def mass_rule(mass: Mapping[tuple[int, int], float], eligible: Sequence[int], number: int) -> Passes:
     """The passes that keep the most attention mass, by dynamic programming over the depth.
 
-    The rule of Kascade (arXiv 2512.16391), for anchors that serve all layers up to the next: maximise the
-    sum over layers of the mass that the pages of the nearest earlier pass hold, a pass itself counting 1.
+    The rule of Kascade (arXiv 2512.16391), for anchors whose pages all layers up to the next read: maximise
+    the sum over layers of the mass that the pages of the nearest earlier pass hold, a pass itself counting 1.
 
     Args:
         mass: share of layer j's attention on the pages that layer i chooses, for all i < j.

@@ -160,7 +160,7 @@ def _write(arguments: argparse.Namespace, result: Any) -> None:
 
 
 class Progress:
-    """A bar that counts the steps of one part after another; their number is not known ahead."""
+    """A bar that counts what is done of one part after another; how much it will be is not known ahead."""
 
     def __init__(self) -> None:
         from tqdm import tqdm  # type: ignore[import-untyped]
@@ -174,7 +174,7 @@ class Progress:
         self._bar.close()
 
     def part(self, name: str) -> Callable[[], object]:
-        """Begin a part; what is returned counts one step."""
+        """Begin a part; what is returned counts up by one."""
         self._bar.reset()
         self._bar.set_description(name)
         update: Callable[[], object] = self._bar.update

@@ -2,7 +2,7 @@
 
 The tokens of a text from `first_row` on are decode rows, whoever wrote them: what a row computes does not
 depend on how many rows a step has (`vllm_delta.method.step`). So the text is one request whose prompt is said
-to end at `first_row`, and one pass of the model gives the distribution of the next token after every row,
+to end at `first_row`, and one run of the model gives the distribution of the next token after every row,
 with the keys and values of earlier rows as DELTA itself computes them.
 
 Distributions are compared by the divergence from full attention's, ``KL = sum_v p(v) log(p(v) / q(v))`` in
@@ -159,7 +159,7 @@ class Calibration:
         against: int | None = None,
         observe_every: int = 0,
     ) -> None:
-        """Tell of the next request's text.
+        """Announce the next request's text.
 
         Args:
             first_row: position of the first decode row, 1 or more.

@@ -44,7 +44,7 @@ class LocalLayers:
     plan: Plan
 
     def share(self, state: WorkerState[Any]) -> None:
-        """Hand the worker's state to all layers; tell the user of the plan."""
+        """Hand the worker's state to all layers; report the plan."""
         for layer in self.layers:
             layer.impl.state = state
         for index, layer in self.eligible.items():
@@ -87,7 +87,7 @@ def is_eligible(layer: Attention) -> bool:
 
 
 def exchange_layers(vllm_config: VllmConfig) -> None:
-    """Tell all pipeline ranks which layers of the others may be sparse: a rank builds its own alone.
+    """Let all pipeline ranks know which layers of the others may be sparse: a rank builds its own alone.
 
     To be called on every rank, when its model is built.
     """
@@ -146,7 +146,7 @@ def _eligible_in_model(vllm_config: VllmConfig, local: dict[int, Attention]) -> 
 
 
 def _log_plan(config: DeltaConfig, plan: Plan, nbytes: int) -> None:
-    """Tell the user what was decided; `nbytes` is the memory that DELTA holds."""
+    """Report what was decided; `nbytes` is the memory that DELTA holds."""
     if not plan.roles:
         logger.info("DELTA: this pipeline rank has no layer with full attention, and nothing to save")
         return

@@ -24,12 +24,12 @@ class DeltaWorkerMethods:
     _calibration: Calibration | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model, then tell other pipeline ranks of its layers."""
+        """Load the model, then let other pipeline ranks know its layers."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         exchange_layers(self.vllm_config)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
-        """Build the KV cache and the metadata builders, then tell DELTA where prompts end."""
+        """Build the KV cache and the metadata builders, then let DELTA know where prompts end."""
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
         state = find_state(self.vllm_config)
         if state is not None:

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from vllm_delta.method.plan import Role
 
-#: Why a row ran dense. A row is one query token in one layer.
+#: Why a query token ran dense at a layer; it counts once in each layer where it did.
 DENSE_REASONS = {
     "prefill": "tokens of a prompt, in every layer",
     "sliding_window": "a layer with a sliding window, which reads few tokens anyway",
     "not_eligible": "a layer of another kind that DELTA does not make sparse",
-    "within_budget": "a sparse layer, and a sequence that fits the budget",
+    "within_budget": "a sparse layer, and a decode row that fits its budget",
 }
 
 _COLUMNS = ("rows", "attended_tokens", "context_tokens")
 
-#: What GPU kernels count beside them, in sparse layers: reasons of dense rows that only they see in a graph.
+#: What GPU kernels count beside them, in sparse layers: reasons to run dense that only they see in a graph.
 _DEVICE_REASONS = ("prefill", "within_budget")
 
 
@@ -50,7 +50,7 @@ class Counters:
         self._recall = {}
 
     def add_dense_rows(self, reason: str, rows: int) -> None:
-        """Count rows that ran dense; `reason` is a key of `DENSE_REASONS`."""
+        """Count query tokens that ran dense; `reason` is a key of `DENSE_REASONS`."""
         self._dense_rows[reason] += rows
 
     def add_rows(self, role: Role, rows: int, attended_tokens: int, context_tokens: int) -> None:

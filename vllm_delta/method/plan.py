@@ -1,4 +1,4 @@
-"""Which layer does what: full, selection or sparse. Pure policy, without vLLM.
+"""Which layer does what: full, selection or sparse. Plain Python, without vLLM.
 
 Layers that DELTA does not touch (sliding window, for one) have no role; the others are *eligible*. Layer
 indices are the model's own, so that they mean the same in the settings, the log and the model's files;
@@ -159,7 +159,7 @@ def _automatic_selection(
 
     Policies with two selection layers have no presets, and leave out the last of these.
 
-    A selection layer that has no sparse layer to serve costs its selection and yields nothing: the rule
+    A selection layer without a sparse layer after it costs its selection and yields nothing: the rule
     leaves out one that directly follows another, and the last layer.
     """
     depth = len(eligible)

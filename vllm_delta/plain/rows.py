@@ -85,8 +85,8 @@ class RequestRows:
         logits = self.logits
         if tokens is not None:
             keep = tokens.expand(-1, self.num_kv_heads, -1)
-            groups = logits.shape[1] // self.num_kv_heads
-            logits = logits.masked_fill(~keep.repeat_interleave(groups, 1), -torch.inf)
+            heads_per_kv_head = logits.shape[1] // self.num_kv_heads
+            logits = logits.masked_fill(~keep.repeat_interleave(heads_per_kv_head, 1), -torch.inf)
         return self._with_sink(logits).softmax(-1)[..., : logits.shape[2]]
 
     def log_probabilities(self) -> Tensor:

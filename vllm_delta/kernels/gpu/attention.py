@@ -109,7 +109,7 @@ def attention_kernel(
     is_last = end == tl.where(selected, table_end, length)
     if SPARSE and not SHAPE.KEEPS_LAST:
         if selected:
-            # The table holds pages here; the row's last split may lose tokens, even all.
+            # The table holds pages here; the row's last split may have fewer tokens, even none.
             kept = kept_tokens(table_row_ptr, table_end // SHAPE.PAGE, length, SHAPE.PAGE)
             end = tl.minimum(end, tl.maximum(kept, begin))
     entry = load_entries(

@@ -21,7 +21,7 @@ from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.rows import ALL_PAGES
 
-#: Elements of the splits that one step of the combination takes, by a single warp: 128 for each thread.
+#: Elements of the splits that the combination takes at a time, by a single warp: 128 for each thread.
 COMBINED_ELEMENTS = 4096
 
 _ALL_PAGES = tl.constexpr(ALL_PAGES)

@@ -75,7 +75,7 @@ def score_logits_kernel(
     position = tl.arange(0, TILE)
     places = (kv_head * (SHAPE.LOGIT_TILE * pairs) + pair % pairs)[None, :] + (position * pairs)[:, None]
     first = begin + tl.program_id(1) * TILE
-    step = tl.num_programs(1) * TILE
+    stride = tl.num_programs(1) * TILE
     codes = load_codes(logits_ptr, logit_tile, first, end, pair, places, SHAPE)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for the sums
@@ -84,7 +84,7 @@ def score_logits_kernel(
     even_lse = tl.load(head_lse_ptr, mask=has_kv_head & (query < heads), other=float("inf"))
     odd_lse = tl.load(head_lse_ptr + 1, mask=has_kv_head & (query + 1 < heads), other=float("inf"))
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-    for start in range(first, end, step):
+    for start in range(first, end, stride):
         subtile = (logit_tile + start // SHAPE.LOGIT_TILE).to(tl.int64) * (SHAPE.LOGIT_TILE // SUBTILE)
         subtile += start % SHAPE.LOGIT_TILE // SUBTILE
         maxima_ptrs = (logit_maxima_ptr + subtile * columns + 2 * pair)[None, :]
@@ -99,7 +99,7 @@ def score_logits_kernel(
         if DISCARD:
             tl.debug_barrier()  # after other threads' loads
             discard_codes(logits_ptr, logit_tile, start, SHAPE, KV_HEADS_PAD, TILE)
-        codes = load_codes(logits_ptr, logit_tile, start + step, end, pair, places, SHAPE)
+        codes = load_codes(logits_ptr, logit_tile, start + stride, end, pair, places, SHAPE)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Page scores to the selection table, one program per row: a radix select, then a compaction in order.
 
-Scores are not negative, so their bits order as they do. Passes over a few bits each, from the highest bit in
+Scores are not negative, so their bits order as they do. Scans for a few bits each, from the highest bit in
 which scores differ, find the score of the last page that is kept among the others (neither recent nor sink)
 and how many of its equals are; they end early where all pages with the bits found so far are kept. A last
-pass writes the indices of the kept pages, ascending, of equal scores the lower ones first.
+scan writes the indices of the kept pages, ascending, of equal scores the lower ones first.
 
 The pages of a long row are thinned out before: of as many buckets as pages are kept, or more, each has a
 largest score, and no page below the least of these can be kept. Few are left, unless scores are very uneven.
@@ -21,7 +21,7 @@ from vllm_delta.kernels.gpu.workspace import SELECTION_WIDTH
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.rows import DecodeRows, SelectionRule
 
-#: Digits of the scores that a pass tells apart, in bits.
+#: Digits of the scores that a scan tells apart, in bits.
 DIGIT_BITS = 5
 
 # What is found of the last digit that is kept, in one int64: the pages that have it, those with a higher one,

@@ -26,8 +26,8 @@ class Quest(Policy):
 
     Adapted:
 
-    - The paper chooses for each head, with models that have a KV head for every query head. Where a KV head
-      serves several query heads, its pages are chosen by the maximum of their bounds, and all of them attend
+    - The paper chooses for each head, with models that have a KV head for every query head. Where several
+      query heads share a KV head, its pages are chosen by the maximum of their bounds, and all of them attend
       to these, so that the budget is what is read. (The authors' evaluation code repeats the keys for each
       query head, which may read as many times the budget as query heads share a KV head.)
     - The last `recent_tokens` and the first `sink_tokens` are kept within the budget, as in DELTA. The

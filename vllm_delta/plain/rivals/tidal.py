@@ -19,7 +19,7 @@ class Tidal(Policy):
     q . k; the layers up to the next selection layer attend to these. Nothing is reserved for recent or first
     tokens: `recent_tokens`, `sink_tokens` and `page_size` are not used.
 
-    Adapted: where a KV head serves several query heads, a token counts with the largest of their attention
+    Adapted: where several query heads share a KV head, a token counts with the largest of their attention
     probabilities, and all of them attend to the same tokens, so that the budget is what is read. With a KV
     head for every query head these are the paper's tokens, since the softmax keeps a head's order. (The
     authors' evaluation code repeats the keys for each query head, which may read as many times the budget as
