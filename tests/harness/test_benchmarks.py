@@ -362,12 +362,15 @@ def test_a_comparison_that_is_interrupted_leaves_nothing_behind(tmp_path, reposi
             found.extend(text for path in tmp_path.glob("*/a/*.pid") if (text := path.read_text()))
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background job begins with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
         assert run_compare(tmp_path, "old", "new", pause="60") == 130
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
     with pytest.raises(ProcessLookupError):
         os.kill(int(found[0]), 0)

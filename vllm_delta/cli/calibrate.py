@@ -21,6 +21,16 @@ from vllm_delta.calibration.prompts import PROMPTS, CalibrationError, read_promp
 from vllm_delta.cli.options import json_object
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 
+#: Settings that a calibration has options for, or that mean nothing to it.
+NOT_SETTINGS = {
+    "full_layers": "use --full-layers",
+    "selection_layers": "use --selection-layers",
+    "budget_tokens": "use --budget-tokens",
+    "calibration": "use --out",
+    "policy": "layers are searched for DELTA alone",
+    "recall_sample_steps": "it measures what is lost",
+}
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of ``vllm-delta``."""
@@ -58,6 +68,9 @@ def add_parser(commands: Any) -> None:
 def _complete(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Check what the command line names, files included; exits with a message if something is wrong."""
     try:
+        for key, instead in NOT_SETTINGS.items():
+            if key in arguments.delta:
+                raise CalibrationError(f"--delta: {key} does not apply to a calibration; {instead}")
         settings = {**arguments.delta, "budget_tokens": arguments.budget_tokens}
         arguments.config = DeltaConfig.from_additional_config({"delta": settings})
         if arguments.engine.get("pipeline_parallel_size", 1) != 1:
@@ -165,7 +178,7 @@ class Progress:
     def __init__(self) -> None:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        self._bar = tqdm(unit=" steps", dynamic_ncols=True)
+        self._bar = tqdm(unit=" passes", dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
