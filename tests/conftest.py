@@ -28,11 +28,12 @@ PRINTABLE = (7, 101)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need a CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Tests marked `gpu` need a CUDA device; those marked `triton` run on one where there is one."""
+    for item in items:
+        if torch.cuda.is_available() and item.get_closest_marker("triton"):
+            item.add_marker(pytest.mark.gpu)
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=pytest.mark.triton) if name == "triton" else name for name in IMPLEMENTATIONS],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_contract(name: str, implementation: str) -> None:
     case, under_test = CASES[name], IMPLEMENTATIONS[implementation]

@@ -24,6 +24,8 @@ from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method import reference
 from vllm_delta.method.rows import ALL_PAGES, DecodeRows, SelectionRule
 
+pytestmark = pytest.mark.triton
+
 TRITON = IMPLEMENTATIONS["triton"]
 
 
