@@ -122,6 +122,15 @@ def test_the_last_page_may_be_left_out(lengths: tuple[int, ...], sinks: bool) ->
         check_case(Case(lengths, kept_pages=kept_pages, seed=kept_pages, **options))
 
 
+@pytest.mark.parametrize("multiprocessors", [8, 32])
+@pytest.mark.parametrize("seed", range(3, 7))
+def test_the_split_that_reads_the_rows_token_writes_it(multiprocessors: int, seed: int) -> None:
+    """Without recent pages several splits may lie behind it, in what is left of a long page."""
+    case = Case((1030,), 4, 2, 64, 128, 128, 8, recent_pages=0, sink_pages=0, dtype=DTYPE, seed=seed)
+    with stand_in(multiprocessors):
+        check_case(case)
+
+
 class MainStream(SideStream):
     """Stands in for a side stream where there is no GPU."""
 

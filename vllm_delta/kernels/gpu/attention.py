@@ -106,11 +106,12 @@ def attention_kernel(
     block_row_ptr = block_table_ptr + request * block_table_stride
     table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
     selected = table_end > 0
-    is_last = end == tl.where(selected, table_end, length)
+    has_last = end == tl.where(selected, table_end, length)
     if SPARSE and not SHAPE.KEEPS_LAST:
         if selected:
-            # The table holds pages here; the row's last split may have fewer tokens, even none.
+            # The table holds pages here; the row's last splits may have fewer tokens, even none.
             kept = kept_tokens(table_row_ptr, table_end // SHAPE.PAGE, length, SHAPE.PAGE)
+            has_last = (begin < kept) & (kept <= end)
             end = tl.minimum(end, tl.maximum(kept, begin))
     entry = load_entries(
         begin + position, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, SHAPE.PAGE, SHAPE.BLOCK
@@ -120,8 +121,8 @@ def attention_kernel(
         first, count, _, attended = load_row_splits(row_splits_ptr, row)
     if APPEND:
         slot = tl.load(appended_ptrs[2] + token_of_row)
-        # The row's last split, which reads its own token if any does, writes it.
-        new_dims = tl.where(is_last & (slot >= 0), SHAPE.D, 0)
+        # The split of the row's last token, which alone may read the row's own, writes it.
+        new_dims = tl.where(has_last & (slot >= 0), SHAPE.D, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for query and cache, which the launch ahead may have written
         if not WHOLE:
