@@ -221,12 +221,13 @@ def test_first_decode_step_is_the_same(results, name):
     assert (preemptions > 0) == (name == "preemptions")
 
 
-# With pages of one token more of them stand about the last place: 79% of the steps were within rounding.
-@pytest.mark.parametrize(("name", "most"), [("graphs", 0.85), ("pages of 1", 0.7), ("pages of 128", 0.85)])
+# Measured: 79 to 86% of the steps (of an answer, 55 to 97%), 79 to 83% and 99%; with half the budget 2%.
+@pytest.mark.parametrize(("name", "most"), [("graphs", 0.65), ("pages of 1", 0.65), ("pages of 128", 0.85)])
 def test_answers_equal_dense_masks(results, models, name, most):
     """Each step, given the answer up to it, equals dense attention with the chosen pages as a mask.
 
-    But for a few, in which a page fell out for one about as good. With half the budget most are far off.
+    But for some, in which a page fell out for one about as good: which ones depends on how a step's matrix
+    products round, and so on what ran beside it. With half the budget nearly all are far off.
     """
     settings = ENGINES[name][1]
     page = settings.get("page_size", 16)
@@ -238,9 +239,8 @@ def test_answers_equal_dense_masks(results, models, name, most):
         )
         for budget_pages in (pages[0], (pages[0] + pages[1] + pages[2]) // 2)
     )
-    print("SHARES", name, shares, others)
     assert sum(shares) > most * len(shares), shares
-    assert sum(others) < 0.5 * len(others), others
+    assert sum(others) < 0.1 * len(others), others
 
 
 def shares_within_rounding(answers, model, selection_layers, budget, indices):
