@@ -88,3 +88,9 @@ def test_policies_and_recall_need_python():
     assert parse({}).runs_kernels_alone
     assert not parse({"policy": "oracle"}).runs_kernels_alone
     assert not parse({"recall_sample_steps": 10}).runs_kernels_alone
+
+
+def test_a_budget_above_the_context_takes_no_more_pages_than_the_context():
+    """And so no more memory, whatever the number; with a partial page at the end."""
+    assert DeltaConfig(budget_tokens=1 << 24).most_kept_pages(1000) == 63
+    assert DeltaConfig(budget_tokens=512).most_kept_pages(1000) == 32

@@ -133,6 +133,37 @@ def test_llm_takes_an_attention_config(tiny_model):
     assert in_fresh_process(answer_offline, tiny_model, options, **env) == 3 * 2  # steps, full layers
 
 
+def test_settings_in_the_wrong_place_are_named(tiny_model, engine_config, monkeypatch):
+    """They stand beside "delta", where they do nothing; what another plugin's may be is not."""
+    from vllm_delta.integration import settings
+
+    warnings = []
+    monkeypatch.setattr(settings.logger, "warning", lambda text, *args: warnings.append(text % args))
+    additional = {"budget_tokens": 512, "DELTA": {"sink_tokens": 0}, "of another plugin": 1}
+    engine_config(tiny_model, additional_config=additional)
+    assert "DELTA: budget_tokens, DELTA in --additional-config stands outside" in warnings[0]
+    warnings.clear()
+    engine_config(tiny_model, additional_config={"delta": {"budget_tokens": 512}, "of another plugin": 1})
+    assert not warnings
+
+
+def test_a_draft_models_configuration_is_left_alone(tiny_model, engine_config):
+    """vLLM runs the platform's check for it, too: it is not DELTA's, and takes no calibration."""
+    from vllm.platforms import current_platform
+
+    from vllm_delta.method.config import DeltaConfigError
+
+    config = engine_config(tiny_model)
+    config.model_config.runner_type = "draft"
+    config.parallel_config.worker_cls = "auto"
+    config.additional_config = {"delta": {"calibration": "no/such/file"}}
+    current_platform.check_and_update_config(config)
+    assert config.parallel_config.worker_cls != DELTA_WORKER
+    config.model_config.runner_type = "generate"
+    with pytest.raises(DeltaConfigError, match="no/such/file"):
+        current_platform.check_and_update_config(config)
+
+
 def describe(model):
     """What a user can notice of the platform, and what is loaded."""
     from vllm.platforms import current_platform
