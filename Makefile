@@ -26,7 +26,7 @@ MYPY_PATHS := $(wildcard vllm_delta benchmarks tools)
 .DELETE_ON_ERROR:
 always:
 
-.PHONY: always help setup demo serve test test-harness soak bench lint format clean distclean
+.PHONY: always help setup demo serve test test-harness soak real-model bench lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-harness: $(VENV)/.installed-bench $(VENV)/.installed-eval ## test the bench
 
 soak: $(INSTALLED) ## a server under many impatient clients: make soak [SECONDS=...]
 	SOAK_SECONDS=$(SECONDS) $(PYTEST) -s tests/test_soak.py $(ARGS)
+
+real-model: $(VENV)/.installed-real ## fetch a small pretrained model and print its folder: make real-model [ARGS=FOLDER]
+	@$(PY) tools/real_model.py $(ARGS)
 
 bench: $(VENV)/.installed-bench ## measure decode speed: make bench [ARGS=...]
 	$(PY) benchmarks/decode.py $(ARGS)

@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from contract import Batch, Case, masked_probabilities, row_tensors, weighted_sum
@@ -15,10 +16,11 @@ from rival_masks import Budget
 from rival_rows import settings
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_delta.integration.cuda.builder import DeltaCUDAMetadataBuilder, _row_indices
+from vllm_delta.integration.cuda.builder import DeltaCUDAMetadataBuilder
 from vllm_delta.integration.cuda.layer import DeltaCUDAImpl, decode
 from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, LayerGroup
 from vllm_delta.integration.cuda.state import LOGITS_SHARE, CUDAState, _logit_tokens
+from vllm_delta.integration.worker_methods import DeltaWorkerMethods
 from vllm_delta.kernels.gpu import attention, combine, scores, select
 from vllm_delta.kernels.gpu.schedule import Schedule
 from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES
@@ -27,7 +29,7 @@ from vllm_delta.method.counters import Counters
 from vllm_delta.method.plan import SELF_SELECTING, Plan, Role
 from vllm_delta.method.rows import ALL_PAGES
 from vllm_delta.plain.rivals import COMPARISONS, make_policy
-from vllm_delta.plain.rows import Layer
+from vllm_delta.plain.rows import Layer, row_indices
 
 BUDGET = Budget(budget=64, recent=16, sink=16, page=16)
 #: the last token of a prompt stands in row 3
@@ -71,7 +73,7 @@ class Step:
 
     def watch(self, *, recall: bool = True) -> None:
         """Let Python read the rows, and measure recall."""
-        self.metadata.row_indices = _row_indices(self.gpu.rows)
+        self.metadata.row_indices = row_indices(self.gpu.rows)
         self.state.aside.recall.active = recall
 
     def decode(self, index: int) -> torch.Tensor:
@@ -322,3 +324,18 @@ def test_logits_follow_the_memory_of_the_cache(monkeypatch, kv_cache_memory_byte
     impl = SimpleNamespace(num_heads=32, num_kv_heads=8, head_size=128, kv_cache_dtype="auto")
     tokens = _logit_tokens(config, [SimpleNamespace(impl=impl)], 1024, torch.device("cuda"))
     assert tokens * LOGIT_BYTES * 32 == pytest.approx(LOGITS_SHARE * left, rel=1e-3)
+
+
+def test_prompts_of_either_runner_end_where_vllm_says():
+    """V1 keeps a batch, V2 an array of all requests and which of them a batch has; a warm-up has none."""
+    worker = DeltaWorkerMethods()
+    worker.use_v2_model_runner = False
+    lengths = torch.tensor([5, 7, 9])
+    worker.model_runner = SimpleNamespace(input_batch=SimpleNamespace(num_prompt_tokens_cpu_tensor=lengths))
+    common = SimpleNamespace(num_reqs=2, req_idx=np.array([2, 0]))
+    assert worker._prompt_lens(common).tolist() == [5, 7]
+    worker.use_v2_model_runner = True
+    of_requests = SimpleNamespace(prompt_len=SimpleNamespace(np=lengths.numpy()))
+    worker.model_runner = SimpleNamespace(req_states=of_requests)
+    assert worker._prompt_lens(common).tolist() == [9, 5]
+    assert worker._prompt_lens(SimpleNamespace(num_reqs=2, req_idx=None)) is None

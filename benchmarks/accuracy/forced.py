@@ -85,7 +85,7 @@ def _engine(job: Json) -> Engine:
         config = DeltaConfig(page_size=size, budget_tokens=needs["budget"], recent_tokens=0, sink_tokens=0)
         options: dict[str, Any] = needs["options"]
         model = Model(job["model"], options)
-        _engines.append(Engine(model, config, needs["budget"], needs["length"]))
+        _engines.append(Engine(model, config, needs["budget"], needs["length"], rows=2048))
     return _engines[0]
 
 

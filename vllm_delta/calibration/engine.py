@@ -5,39 +5,16 @@ It uses vLLM's public interface alone; the workers' part is `vllm_delta.integrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
+from vllm_delta.calibration.evidence import Found
 from vllm_delta.calibration.prompts import CalibrationError, Chat, Json
 from vllm_delta.calibration.search import Passes, split_passes
+from vllm_delta.calibration.texts import Text, answered
 from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.counters import total
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prompt and the answer that full attention gave, of which the last tokens are scored."""
-
-    tokens: list[int]
-    #: position from which tokens are decode rows
-    first_row: int
-
-    @property
-    def num_rows(self) -> int:
-        """Tokens that are decode rows."""
-        return len(self.tokens) - self.first_row
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a plan loses, over all rows of some answers."""
-
-    #: mean divergence from full attention's next-token distributions, nats
-    divergence: float
-    #: share of rows whose likeliest token is full attention's
-    agreement: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +25,10 @@ class Observed:
     mass: dict[tuple[int, int], float]
     #: 1 - cos(attention of the layer before, of the layer), by layer
     distances: dict[int, float]
+
+
+#: Tokens of a text in which something can be looked up from afar.
+LEAST_CONTEXT = 768
 
 
 class Model:
@@ -73,16 +54,54 @@ class Model:
         self.max_model_len: int = self._config.max_model_len
         self.num_layers: int = self._config.get_total_num_hidden_layers()
 
-    def chat_renderer(self) -> Chat | None:
-        """From messages to token ids, by the model's chat template; None where it has none."""
+    def context(self, asked: int | None) -> int:
+        """Tokens of the texts to calibrate with: as asked, or as the model and the machine allow.
+
+        Raises:
+            CalibrationError: more tokens are asked for than the model takes, or it takes too few.
+        """
+        from vllm.platforms import current_platform
+
+        longest = self.max_model_len - 1
+        if asked is not None and asked > longest:
+            raise CalibrationError(f"--context {asked} is more than the model's {longest} tokens")
+        context = asked or min(longest, 4096 if current_platform.is_cpu() else 8192)
+        if context < LEAST_CONTEXT:
+            raise CalibrationError(f"texts of {context} tokens are too short: {LEAST_CONTEXT} are needed")
+        return context
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of KV cache for so many tokens, and some more, on each rank."""
+        from vllm.config import ParallelConfig
+
+        parallel = ParallelConfig(tensor_parallel_size=self.options.get("tensor_parallel_size", 1))
+        itemsize = 1 if str(self.options.get("kv_cache_dtype", "auto")).startswith("fp8") else 2
+        if itemsize == 2:
+            itemsize = self._config.dtype.itemsize
+        heads = self._config.get_num_kv_heads(parallel)
+        token_bytes = 2 * self.num_layers * heads * self._config.get_head_size() * itemsize
+        return int(1.1 * tokens * token_bytes) + (1 << 25)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            CalibrationError: it has none.
+        """
         from vllm.tokenizers import cached_tokenizer_from_config
 
         if self._config.skip_tokenizer_init:
-            return None
+            raise CalibrationError(f"{self.name} is loaded without a tokenizer: give prompts of token ids")
         try:
-            tokenizer: Any = cached_tokenizer_from_config(self._config)
+            return cached_tokenizer_from_config(self._config)
         except Exception as error:
             raise CalibrationError(f"{self.name} has no tokenizer: {first_line(error)}") from error
+
+    def chat_renderer(self) -> Chat | None:
+        """From messages to token ids, by the model's chat template; None where it has none."""
+        if self._config.skip_tokenizer_init:
+            return None
+        tokenizer = self.tokenizer()
         if not getattr(tokenizer, "chat_template", None):
             return None
 
@@ -103,16 +122,27 @@ def first_line(error: Exception) -> str:
 
 
 class Engine:
-    """vLLM with DELTA, one request at a time in Python: no graphs, no prefix caching."""
+    """vLLM with DELTA in Python: no graphs, no prefix caching, and but for answers one request at a time."""
 
-    def __init__(self, model: Model, config: DeltaConfig, largest_budget: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: DeltaConfig,
+        largest_budget: int,
+        max_tokens: int,
+        *,
+        rows: int = 512,
+        sequences: int = 1,
+    ) -> None:
         """Start.
 
         Args:
-            model: that answers.
+            model: whose layers are asked about.
             config: the settings to calibrate for.
-            largest_budget: of which the loss will be asked, in tokens.
+            largest_budget: that will be asked for, in tokens.
             max_tokens: of the longest sequence; less where the model cannot take as many.
+            rows: tokens that are computed at a time.
+            sequences: that are answered at a time.
 
         Raises:
             CalibrationError: it did not start; vLLM's log says why.
@@ -125,12 +155,16 @@ class Engine:
             "recent_tokens": config.recent_tokens,
             "sink_tokens": config.sink_tokens,
         }
+        max_model_len = min(max_tokens + 1, model.max_model_len)
         arguments: Json = {
             "attention_backend": "DELTA",
             "additional_config": {"delta": settings},
             "enforce_eager": True,
             "enable_prefix_caching": False,
-            "max_model_len": min(max_tokens + 1, model.max_model_len),
+            "max_model_len": max_model_len,
+            "max_num_seqs": sequences,
+            "max_num_batched_tokens": rows,
+            "kv_cache_memory_bytes": model.cache_bytes(sequences * max_model_len),
             "disable_log_stats": True,
             **model.options,
         }
@@ -140,58 +174,50 @@ class Engine:
             raise CalibrationError(f"the engine did not start: {first_line(error)}") from error
         self.config = config
         self.eligible: list[int] = self._ask("layers")[0]
-        self._scored: dict[int, Answer] = {}
-        self._likeliest: dict[int, list[int]] = {}
 
-    def answer(self, prompts: Sequence[Json], output_tokens: int, scored_tokens: int) -> list[Answer]:
+    def answer(self, prompts: Sequence[Json], output_tokens: int, scored_tokens: int) -> list[Text]:
         """Full attention's answers to prompts as vLLM takes them, sampled as the model's settings say."""
         self._use(tuple(self.eligible), self.config.budget_tokens)
         sampling = self.llm.get_default_sampling_params()
         sampling.max_tokens, sampling.detokenize = output_tokens, False
         answers = []
-        for output in self.llm.generate(list(prompts), sampling, use_tqdm=False):
+        for number, output in enumerate(self.llm.generate(list(prompts), sampling, use_tqdm=False), 1):
             prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
             if len(answer) < 2:
                 continue
-            tokens = prompt + answer[:-1]
-            answers.append(Answer(tokens, max(len(prompt), len(tokens) - scored_tokens)))
+            answers.append(answered(f"prompt {number}", prompt, answer, scored_tokens))
         return answers
 
-    def record(self, answers: Sequence[Answer], observed_rows: int, tick: Callable[[], object]) -> Observed:
-        """Keep full attention's distributions along the answers.
+    def keep(self, key: int, text: Text, observed_rows: int) -> Found:
+        """Run a text under full attention, and keep it to be scored under other plans.
 
-        Every layer selects meanwhile, which computes full attention. About `observed_rows` rows of each
-        answer are observed. `tick` is called after each.
+        Every layer selects meanwhile, which computes full attention. About `observed_rows` rows are observed.
         """
         settings = {"full_layers": 0, "selection_layers": self.eligible}
         self.use(settings | {"budget_tokens": self.config.budget_tokens})
-        for key, answer in enumerate(answers):
-            self._scored[key] = answer
-            every = max(1, answer.num_rows // observed_rows)
-            _, likeliest = self._run(answer.tokens, answer.first_row, keep=key, observe_every=every)
-            self._likeliest[key] = likeliest
-            tick()
+        every = max(1, (len(text.tokens) - text.first_row) // max(1, observed_rows))
+        likeliest = self._run(
+            text.tokens,
+            text.first_row,
+            [position - 1 for position in text.positions],
+            keep=key,
+            observe_every=every if observed_rows else 0,
+        )
+        return Found([0.0] * len(likeliest), likeliest)
+
+    def observations(self) -> Observed:
+        """What layers attended to along the texts that were kept."""
         seen = self._ask("observations")[0]
         return Observed(
             {(int(i), int(j)): mass for i, j, mass in seen["mass"]},
             {int(layer): distance for layer, distance in seen["distance"]},
         )
 
-    def loss(self, passes: Passes, budget_tokens: int, keys: Sequence[int]) -> Loss:
-        """What a plan loses along the recorded answers with these numbers."""
+    def score(self, passes: Passes, budget_tokens: int, key: int) -> Found:
+        """What a plan makes of a text that was kept under this number."""
         self._use(passes, budget_tokens)
-        divergences: list[float] = []
-        agreements: list[bool] = []
-        for key in keys:
-            answer = self._scored[key]
-            found, likeliest = self._run(answer.tokens, answer.first_row, against=key)
-            if len(found) != answer.num_rows:
-                raise CalibrationError(f"{len(found)} tokens were scored, not {answer.num_rows}")
-            divergences += found
-            agreements += [
-                one == other for one, other in zip(likeliest[1:], self._likeliest[key][1:], strict=True)
-            ]
-        return Loss(fmean(divergences), fmean(agreements))
+        divergences, likeliest = next((found for found in self._ask("score", key) if found[1]), ([], []))
+        return Found(divergences, likeliest)
 
     def guesses(self, tokens: Sequence[int], first_row: int) -> list[int]:
         """The likeliest token at each place of a text from `first_row` on, and behind it, given all before.
@@ -199,7 +225,7 @@ class Engine:
         The tokens from `first_row` on are decode rows. Greedy decoding from there would write the text, and
         end it so, if and only if these are its tokens.
         """
-        _, likeliest = self._run(tokens, first_row)
+        likeliest = self._run(tokens, first_row, range(first_row - 1, len(tokens)))
         if len(likeliest) != len(tokens) - first_row + 1:
             raise CalibrationError(f"{len(likeliest)} tokens were guessed, not {len(tokens) - first_row + 1}")
         return likeliest
@@ -217,13 +243,13 @@ class Engine:
         settings = {"full_layers": full_layers, "selection_layers": list(selection_layers)}
         self.use(settings | {"budget_tokens": budget_tokens})
 
-    def _run(self, tokens: Sequence[int], first_row: int, **how: Any) -> tuple[list[float], list[int]]:
+    def _run(self, tokens: Sequence[int], first_row: int, rows: Sequence[int], **how: Any) -> list[int]:
         from vllm import SamplingParams
 
-        self._ask("begin", first_row, len(tokens), **how)
+        self._ask("begin", first_row, len(tokens), list(rows), **how)
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
         self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
-        return next((found for found in self._ask("end") if found[1]), ([], []))
+        return next((likeliest for likeliest in self._ask("end") if likeliest), [])
 
     def _ask(self, action: str, *args: Any, **kwargs: Any) -> list[Any]:
         results: list[Any] = self.llm.collective_rpc("delta_calibration", args=(action, *args), kwargs=kwargs)

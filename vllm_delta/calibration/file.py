@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,32 @@ CALIBRATION_FILE = "delta_calibration.json"
 MOST_BYTES = 1 << 22
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that shall appear at `path` whole or not at all; of the same suffix.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    other = unfinished(path)
+    try:
+        yield other
+        other.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        other.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process writes a file before it is whole."""
+    return path.with_name(f".{os.getpid()}.{path.name}")
+
+
 def write_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Write what ``--additional-config`` and ``"selection_layers": "auto"`` take; raises OSError."""
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    """Write what ``--additional-config`` and ``"selection_layers": "auto"`` take; raises as `whole`."""
+    with whole(path) as other:
+        other.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def with_calibrated_layers(

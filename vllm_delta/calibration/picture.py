@@ -31,7 +31,7 @@ def draw(result: Result, path: Path) -> None:
             mass[layers.index(first), layers.index(second)] = share
         image = heat.imshow(mass, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         heat.set_title(
-            f"attention mass of a layer on the pages of another, {result.config.budget_tokens} tokens"
+            f"attention mass of a layer on the pages of another, {result.options.search_budget} tokens"
         )
         heat.set_ylabel("pages chosen at layer")
         figure.colorbar(image, ax=heat, label="share of the layer's attention")

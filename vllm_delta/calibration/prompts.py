@@ -1,4 +1,4 @@
-"""What a calibration lets a model answer: prompts of a file, or those that are built in. Without vLLM."""
+"""What a calibration lets a model answer instead of the built-in texts: prompts of a file. Without vLLM."""
 
 from __future__ import annotations
 
@@ -7,34 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_delta.calibration.texts import ANSWERS, DOCUMENTS, Text, answered
+
 Json = dict[str, Any]
+
+#: Tokens of an answer that can be scored: one to see, one to guess.
+LEAST_ANSWER = 2
 
 #: From a chat's messages to token ids.
 Chat = Callable[[Any], list[int]]
-
-#: For models that reason: each takes many steps to answer.
-PROMPTS = (
-    "How many integers from 1 to 2000 are divisible by 3 or by 5, but not by 7? Show each step.",
-    "Find all pairs of positive integers (a, b) with a <= b and 1/a + 1/b = 1/12. Check every pair you list.",
-    "A fair die is rolled until the sum of the results is at least 10. What is the expected number of "
-    "rolls? Set up the recurrence and solve it exactly.",
-    "Five people sit in a row. Anna does not sit next to Ben, Carl sits somewhere to the left of Dora, "
-    "and Emil sits at an end. List all seatings.",
-    "Write a Python function that finds the longest substring in which no character occurs more than "
-    "twice. Explain why it is right, then trace it on 'aababcabbbcad'.",
-    "In triangle ABC, AB = 13, BC = 14 and CA = 15. Find the distance between the incentre and the "
-    "circumcentre, and verify the result in a second way.",
-    "Multiply 48713 by 90274 by hand, digit by digit, and check the result by casting out nines and elevens.",
-    "A water tank is filled by two pipes in 6 and 9 hours and emptied by a third in 12 hours. The first"
-    " is opened at 8:00, the second at 9:30, the third at 10:15. When is the tank full?",
-    "Determine the remainder when 7^2024 + 11^2024 is divided by 130. Justify each reduction.",
-    "Design a schedule for a round-robin tournament of nine teams in which no team plays twice in a "
-    "row. Give the whole schedule and check it.",
-    "Prove that among any seven real numbers there are two, x and y, with 0 <= (x - y)/(1 + xy) <= "
-    "1/sqrt(3). Discuss every case.",
-    "Find the number of sequences of ten coin flips in which heads never occur three times in a row. "
-    "List the values of the recurrence.",
-)
 
 
 class CalibrationError(Exception):
@@ -45,8 +26,9 @@ def read_prompts(path: Path) -> list[tuple[str, Json]]:
     """Entries of a file of prompts, and where each stands.
 
     Args:
-        path: one prompt a line: JSON objects with "prompt", "prompt_token_ids" or "messages" (a chat), or
-            plain text, which becomes an entry with "text".
+        path: one prompt a line: JSON objects with "prompt", "prompt_token_ids" or "messages" (a chat), and
+            "answer" where the model shall not write one, or with "document"; or plain text, which becomes an
+            entry with "text".
 
     Raises:
         CalibrationError: a file that cannot be read, no prompt in it, or an entry that is none.
@@ -79,15 +61,44 @@ def _parse_object(place: str, line: str) -> Json:
         and value != []
         and all(isinstance(token, int) for token in value),
         "messages": lambda value: isinstance(value, list) and all(isinstance(m, dict) for m in value),
+        "document": lambda value: isinstance(value, str) and value != "",
+        "answer": lambda value: isinstance(value, str) and value != "",
     }
     known = {name: entry[name] for name in kinds if name in entry}
-    if not known:
-        raise CalibrationError(f'{place}: neither "prompt", "prompt_token_ids" nor "messages"')
+    if not set(known) - {"answer"}:
+        raise CalibrationError(f'{place}: neither "prompt", "prompt_token_ids", "messages" nor "document"')
+    if "answer" in known and "document" in known:
+        raise CalibrationError(f'{place}: a "document" has no "answer"')
     for name, value in known.items():
         if not kinds[name](value):
-            wanted = {"prompt": "a text", "prompt_token_ids": "a list of numbers"}
-            raise CalibrationError(f'{place}: "{name}" must be {wanted.get(name, "a list of messages")}')
+            wanted = {"prompt_token_ids": "a list of numbers", "messages": "a list of messages"}
+            raise CalibrationError(f'{place}: "{name}" must be {wanted.get(name, "a text")}')
     return known
+
+
+def given_text(place: str, prompt: Json, encode: Callable[..., list[int]], scored_tokens: int) -> Text | None:
+    """A rendered prompt with its answer, or a document; None where the model has to write the answer.
+
+    Args:
+        place: where it stands, which becomes its name.
+        prompt: of `render`.
+        encode: from text to token ids; with ``add_special_tokens=False`` without those that begin a text.
+        scored_tokens: of its end, at most.
+
+    Raises:
+        CalibrationError: a document or an answer of a single token.
+    """
+    if "document" in prompt:
+        tokens = encode(prompt["document"])
+        begin, end, family = tokens[:1], tokens[1:], DOCUMENTS
+    elif "answer" in prompt:
+        begin = prompt.get("prompt_token_ids") or encode(prompt["prompt"])
+        end, family = encode(prompt["answer"], add_special_tokens=False), ANSWERS
+    else:
+        return None
+    if len(end) < LEAST_ANSWER:
+        raise CalibrationError(f"{place}: {len(end)} tokens are too few to score")
+    return answered(place, begin, end, scored_tokens, family)
 
 
 def render(entries: Sequence[tuple[str, Json]], chat: Chat | None) -> list[Json]:
@@ -100,6 +111,7 @@ def render(entries: Sequence[tuple[str, Json]], chat: Chat | None) -> list[Json]
     """
     prompts: list[Json] = []
     for place, entry in entries:
+        answer = {"answer": entry["answer"]} if "answer" in entry else {}
         messages = entry.get("messages")
         if "text" in entry:
             if chat is None:
@@ -112,7 +124,7 @@ def render(entries: Sequence[tuple[str, Json]], chat: Chat | None) -> list[Json]
         if chat is None:
             raise CalibrationError(f"{place}: this model has no chat template for messages")
         try:
-            prompts.append({"prompt_token_ids": chat(messages)})
+            prompts.append({"prompt_token_ids": chat(messages)} | answer)
         except Exception as error:  # of the template's own
             raise CalibrationError(f"{place}: the chat template refuses these messages: {error}") from error
     return prompts

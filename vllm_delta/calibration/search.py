@@ -20,7 +20,9 @@ SURVIVORS = 4
 #: layers by which a pass is moved in a refinement, at most
 REACH = 2
 #: refinements at most
-MAX_REFINEMENTS = 4
+MAX_REFINEMENTS = 2
+#: layers that are tried as the next pass: the most sensitive ones, and the middles of sparse stretches
+MOST_SENSITIVE, MIDDLES = 8, 3
 
 
 def split_passes(passes: Passes, eligible: Sequence[int]) -> tuple[int, Passes]:
@@ -52,12 +54,19 @@ def attended_share(
     return share + (1 - share) * kept
 
 
-def search(eligible: Sequence[int], number: int, loss: Loss, screen: Loss | None = None) -> Passes:
-    """The set of `number` passes of the least loss that a greedy search with refinements finds.
+def search(
+    eligible: Sequence[int],
+    number: int,
+    loss: Loss,
+    screen: Loss | None = None,
+    sensitivity: Mapping[int, float] | None = None,
+) -> list[Passes]:
+    """The sets of 1 to `number` passes, in turn, that a greedy search with refinements finds.
 
-    It adds the pass that lowers the loss most, one after another, then moves single passes by up to `REACH`
-    layers as long as that lowers the loss. `screen` is a cheaper loss, of which the best `SURVIVORS` of each
-    turn are compared by `loss`; without it all are. Losses are asked for once per set.
+    It adds the pass that lowers the loss most, one after another, then moves single passes of the last set
+    as long as that lowers the loss. `screen` is a cheaper loss, of which the best `SURVIVORS` of each turn
+    are compared by `loss`; without it all are. With `sensitivity`, what is lost where a layer alone is
+    sparse, only `promising` layers are tried. Losses are asked for once per set.
 
     Raises:
         ValueError: a number that is less than one or more than the layers.
@@ -70,15 +79,29 @@ def search(eligible: Sequence[int], number: int, loss: Loss, screen: Loss | None
         survivors = sorted(candidates, key=cheap)[:SURVIVORS] if screen else sorted(candidates)
         return min(survivors, key=whole)
 
-    chosen: Passes = (eligible[0],)
-    while len(chosen) < number:
-        chosen = best({tuple(sorted((*chosen, layer))) for layer in eligible if layer not in chosen})
+    path: list[Passes] = [(eligible[0],)]
+    while len(path) < number:
+        chosen = path[-1]
+        layers = promising(chosen, eligible, sensitivity)
+        path.append(best({tuple(sorted((*chosen, layer))) for layer in layers}))
     for _ in range(MAX_REFINEMENTS if number < len(eligible) else 0):
-        moved = _neighbours(chosen, eligible)
-        if not moved or whole(better := best(moved)) >= whole(chosen):
+        moved = _neighbours(path[-1], eligible)
+        if not moved or whole(better := best(moved)) >= whole(path[-1]):
             break
-        chosen = better
-    return chosen
+        path[-1] = better
+    return path
+
+
+def promising(chosen: Passes, eligible: Sequence[int], sensitivity: Mapping[int, float] | None) -> list[int]:
+    """Layers to try beside the chosen ones: the most sensitive, and those amid long sparse stretches."""
+    others = [layer for layer in eligible if layer not in chosen]
+    if sensitivity is None or len(others) <= MOST_SENSITIVE + MIDDLES:
+        return others
+    found = set(sorted(others, key=lambda layer: -sensitivity[layer])[:MOST_SENSITIVE])
+    bounds = [eligible.index(layer) for layer in chosen] + [len(eligible)]
+    stretches = sorted(itertools.pairwise(bounds), key=lambda pair: pair[0] - pair[1])
+    found |= {eligible[(first + end) // 2] for first, end in stretches[:MIDDLES] if end - first > 1}
+    return sorted(found)
 
 
 def _neighbours(passes: Passes, eligible: Sequence[int]) -> set[Passes]:

@@ -7,19 +7,32 @@ it is written.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllm_delta.calibration.file import CALIBRATION_FILE
-from vllm_delta.calibration.prompts import PROMPTS, CalibrationError, read_prompts, render
+from vllm_delta.calibration.file import CALIBRATION_FILE, unfinished
+from vllm_delta.calibration.prompts import CalibrationError, Json, given_text, read_prompts, render
+from vllm_delta.calibration.texts import Text, make_text
 from vllm_delta.cli.options import json_object
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+
+if TYPE_CHECKING:
+    from vllm_delta.calibration.engine import Engine, Model
+
+#: Full and selection layers where nobody says how many, at most: as many as the defaults have.
+DEFAULT_PASSES = (DeltaConfig.full_layers, 3)
+#: Built-in texts, half of them held out, and their tokens that look things up.
+TEXTS, ROWS = 6, 384
+#: Prompts that are answered at a time, each with a whole sequence's memory.
+MOST_SEQUENCES = 16
+#: Answers beyond the budget: one to search with, one to report on.
+LEAST_ANSWERS = 2
 
 #: Settings that a calibration has options for, or that mean nothing to it.
 NOT_SETTINGS = {
@@ -37,25 +50,22 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "calibrate",
         help="choose a model's full and selection layers by what its answers lose",
-        description="Lets the model answer with full attention, searches the layers that change the "
-        "distribution of the next token least along these answers when all others are sparse, and writes "
-        "them to a file that --additional-config takes.",
+        description="Lets the model look things up in texts with full attention, searches the layers that "
+        "lose least of this when all others are sparse, and writes them to a file that a server finds.",
     )
     add = parser.add_argument
     add("model", help="as vllm serve takes it")
-    add("--prompts", type=Path, metavar="FILE", help="one a line, text or JSON (reasoning tasks)")
-    add("--selection-layers", type=int, default=3, metavar="N", help="how many (3)")
-    add(
-        "--full-layers",
-        type=int,
-        default=DeltaConfig.full_layers,
-        metavar="N",
-        help="passes over the whole cache beside those; the result may spend them otherwise (%(default)s)",
-    )
+    add("--context", type=int, metavar="N", help="tokens of the built-in texts (4096 on a CPU, or 8192)")
+    add("--keep", type=float, default=0.99, metavar="SHARE", help="of what is looked up (%(default)s)")
+    add("--selection-layers", type=int, metavar="N", help="how many (as few as keep enough)")
+    add("--full-layers", type=int, metavar="N", help="passes over the whole cache beside those")
     budget = DeltaConfig.budget_tokens
-    add("--budget-tokens", type=int, default=budget, metavar="B", help="(%(default)s)")
+    add("--budget-tokens", type=int, default=budget, metavar="B", help="that will be used (%(default)s)")
     add("--delta", type=json_object, default={}, metavar="JSON", help="further settings")
-    add("--output-tokens", type=int, default=4096, metavar="N", help="longest answer (%(default)s)")
+    add(
+        "--prompts", type=Path, metavar="FILE", help="instead of the built-in texts: one a line, text or JSON"
+    )
+    add("--output-tokens", type=int, default=4096, metavar="N", help="longest answer to these (%(default)s)")
     add("--scored-tokens", type=int, default=1024, metavar="N", help="at an answer's end (%(default)s)")
     add("--max-prompt-tokens", type=int, default=4096, metavar="N", help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the answers (%(default)s)")
@@ -75,9 +85,12 @@ def _complete(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         arguments.config = DeltaConfig.from_additional_config({"delta": settings})
         if arguments.engine.get("pipeline_parallel_size", 1) != 1:
             raise CalibrationError("--engine: a calibration does not support pipeline parallelism")
-        numbers = ("selection_layers", "output_tokens", "scored_tokens", "max_prompt_tokens")
-        if min(getattr(arguments, name) for name in numbers) < 1 or arguments.full_layers < 0:
+        numbers = ("selection_layers", "context", "output_tokens", "scored_tokens", "max_prompt_tokens")
+        given = [value for name in numbers if (value := getattr(arguments, name)) is not None]
+        if min(given) < 1 or (arguments.full_layers or 0) < 0:
             raise CalibrationError("--full-layers is 0 or more, and the other numbers are 1 or more")
+        if not 0 < arguments.keep <= 1:
+            raise CalibrationError("--keep is a share, above 0 and at most 1")
         folder = Path(arguments.model) if Path(arguments.model).is_dir() else Path()
         arguments.out = arguments.out or folder / CALIBRATION_FILE
         check_output("--out", arguments.out)
@@ -108,18 +121,50 @@ def _check_picture(path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Calibrate; returns the exit status."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Calibrate; returns the exit status. No process of the engine is left, however it ends."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # At once: an exception would have to find its way out of an engine that may be starting.
+        end_processes()
+        for path in filter(None, (arguments.out, arguments.picture)):
+            unfinished(path).unlink(missing_ok=True)
+        print("\nvllm-delta calibrate: interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         return _calibrate(arguments)
     except CalibrationError as error:
         print(f"vllm-delta calibrate: {error}", file=sys.stderr)
         return 1
+    finally:
+        end_processes()
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM ends this process by way of an exception, so that the engine is stopped on the way out."""
-    raise SystemExit(128 + number)
+def end_processes(engine: Engine | None = None) -> None:
+    """Close the engine; then kill what is left of the processes that this one has started, and theirs."""
+    import psutil  # type: ignore[import-untyped]
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    started = psutil.Process().children(recursive=True)
+    # It removes shared memory that others leave behind, and ends by itself.
+    started = [process for process in started if not _is_tracker(process)]
+    if engine is not None:
+        engine.close()
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=10)
+
+
+def _is_tracker(process: Any) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return False
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -127,27 +172,41 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from vllm_delta.calibration.engine import Engine, Model
 
     config = arguments.config
-    options = calibration.Options(
-        config=config,
-        passes=arguments.full_layers + arguments.selection_layers,
-        output_tokens=arguments.output_tokens,
-        scored_tokens=arguments.scored_tokens,
+    passes = [arguments.full_layers, arguments.selection_layers]
+    most = sum(
+        default if told is None else told for told, default in zip(passes, DEFAULT_PASSES, strict=True)
     )
     model = Model(arguments.model, {"seed": arguments.seed} | arguments.engine)
-    chat = model.chat_renderer()
-    if arguments.entries is not None:
-        prompts = render(arguments.entries, chat)
-    elif chat is not None:
-        prompts = [{"prompt_token_ids": chat([{"role": "user", "content": text}])} for text in PROMPTS]
+    if arguments.entries is None:
+        context = model.context(arguments.context)
+        texts, prompts = built_in(model, context), []
+        searched = calibration.search_budget(config, context)
     else:
-        raise CalibrationError("this model has no chat template: give prompts by --prompts FILE")
-    max_tokens = arguments.max_prompt_tokens + arguments.output_tokens
-    engine = Engine(model, config, max(calibration.budgets(config)), max_tokens)
+        searched = config.budget_tokens
+        prompts = render(arguments.entries, model.chat_renderer())
+        texts, prompts = given_texts(model, arguments, prompts)
+    options = calibration.Options(
+        config=config,
+        search_budget=searched,
+        most_passes=min(most, model.num_layers),
+        exactly=passes != [None, None],
+        keep=arguments.keep,
+    )
+    longest = max((len(text.tokens) for text in texts), default=0)
+    if prompts:
+        longest = max(longest, arguments.max_prompt_tokens + arguments.output_tokens)
+    sequences = min(max(1, len(prompts)), MOST_SEQUENCES)
+    budget = max(calibration.budgets(options))
+    engine = Engine(model, config, budget, longest, rows=max(ROWS, sequences), sequences=sequences)
     try:
-        with Progress() as progress:
-            result = calibration.calibrate(engine, prompts, options, progress.part)
+        if prompts:
+            texts += engine.answer(prompts, arguments.output_tokens, arguments.scored_tokens)
+        if arguments.entries is not None:
+            texts = enough(texts, len(arguments.entries), searched)
+        with Progress(calibration.estimate(texts, options, len(engine.eligible))) as progress:
+            result = calibration.calibrate(engine, texts, options, progress.tick)
     finally:
-        engine.close()
+        end_processes(engine)
     result.notes = calibration.describe_run(
         arguments.model, "built in" if arguments.prompts is None else arguments.prompts.name
     )
@@ -157,8 +216,61 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def built_in(model: Model, context: int) -> list[Text]:
+    """The built-in texts in a model's tokens, of this length; halves of the prose in turn.
+
+    Raises:
+        CalibrationError: the model has no tokenizer.
+    """
+    tokenizer = model.tokenizer()
+
+    def encode(text: str) -> list[int]:
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+    start = tokenizer.encode("")  # what begins every text of this model
+    rows = max(64, min(ROWS, context // 4) // 64 * 64)
+    return [make_text(seed, encode, start, context, rows, seed % 2) for seed in range(TEXTS)]
+
+
+def given_texts(
+    model: Model, arguments: argparse.Namespace, prompts: list[Json]
+) -> tuple[list[Text], list[Json]]:
+    """Prompts with their answers and documents, as texts; and the prompts that the model has to answer.
+
+    Raises:
+        CalibrationError: one that is too short, or longer than the model takes.
+    """
+    if not any("answer" in prompt or "document" in prompt for prompt in prompts):
+        return [], prompts
+    encode = model.tokenizer().encode
+    texts, rest = [], []
+    for (place, _), prompt in zip(arguments.entries, prompts, strict=True):
+        text = given_text(place, prompt, encode, arguments.scored_tokens)
+        if text is None:
+            rest.append(prompt)
+        elif len(text.tokens) >= model.max_model_len:
+            raise CalibrationError(
+                f"{place}: {len(text.tokens)} tokens are more than the model's {model.max_model_len}"
+            )
+        else:
+            texts.append(text)
+    return texts, rest
+
+
+def enough(answers: list[Text], prompts: int, budget: int) -> list[Text]:
+    """Those that exceed the budget; raises `CalibrationError` where they are too few."""
+    found = [answer for answer in answers if len(answer.tokens) > budget]
+    if len(found) < LEAST_ANSWERS:
+        raise CalibrationError(
+            f"{len(found)} of {prompts} sequences exceed the budget of {budget} tokens, where at least "
+            f"{LEAST_ANSWERS} are needed: longer prompts, more output tokens or a smaller budget"
+        )
+    return found
+
+
 def _write(arguments: argparse.Namespace, result: Any) -> None:
-    from vllm_delta.calibration.file import write_settings
+    from vllm_delta.calibration.file import whole, write_settings
 
     out = arguments.out
     try:
@@ -167,28 +279,28 @@ def _write(arguments: argparse.Namespace, result: Any) -> None:
         if arguments.picture is not None:
             from vllm_delta.calibration.picture import draw
 
-            draw(result, arguments.picture)
+            with whole(arguments.picture) as picture:
+                draw(result, picture)
     except OSError as error:
         raise CalibrationError(f"{error.filename}: {error.strerror}") from error
 
 
 class Progress:
-    """A bar that counts what is done of one part after another; how much it will be is not known ahead."""
+    """A bar over all tokens that will be computed, at most, with an estimate of the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        self._bar = tqdm(unit=" passes", dynamic_ncols=True)
+        self._bar = tqdm(total=tokens, unit="tok", unit_scale=True, dynamic_ncols=True, desc="calibrating")
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:  # it took fewer
+            self._bar.total = self._bar.n
         self._bar.close()
 
-    def part(self, name: str) -> Callable[[], object]:
-        """Begin a part; what is returned counts up by one."""
-        self._bar.reset()
-        self._bar.set_description(name)
-        update: Callable[[], object] = self._bar.update
-        return update
+    def tick(self, tokens: int) -> None:
+        """So many more are done."""
+        self._bar.update(tokens)

@@ -5,6 +5,10 @@ depend on how many rows a step has (`vllm_delta.method.step`). So the text is on
 to end at `first_row`, and one run of the model gives the distribution of the next token after every row,
 with the keys and values of earlier rows as DELTA itself computes them.
 
+A text that is kept runs so once, under full attention. Its steps with rows are copied, and so are the keys
+and values of all that comes before. Other plans replay these steps alone, over keys and values that nobody
+computes again.
+
 Distributions are compared by the divergence from full attention's, ``KL = sum_v p(v) log(p(v) / q(v))`` in
 nats, with p of full attention, over its `LIKELIEST` tokens and all others as one. What layers attend to is
 compared by mass: ``m[i, j]`` is the share of layer j's attention, the mean over its heads and over rows, on
@@ -14,14 +18,17 @@ heads) of neighbouring layers i and j.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_delta.integration.worker_state import WorkerState
@@ -36,6 +43,9 @@ PROBABILITIES_AT_A_TIME = 10_000_000
 
 #: tokens of full attention's distributions that are distinguished
 LIKELIEST = 1024
+
+#: Tensors of vLLM's metadata that are made for each step and, on CPUs, hold addresses within themselves.
+_WITH_ADDRESSES = ("scheduler_metadata",)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,68 @@ class Distributions:
         return cls(*map(torch.cat, columns))
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a layer's KV cache, and a copy of what was in them."""
+
+    cache: Tensor
+    numbers: Tensor
+    contents: Tensor
+
+    def put_back(self) -> None:
+        """Into the cache."""
+        self.cache.index_copy_(0, self.numbers, self.contents)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step with decode rows of a text, as vLLM's model runner ran it, in tensors of its own."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: ForwardContext
+    #: position of its first token
+    first: int
+    #: tokens
+    count: int
+
+    @classmethod
+    def copied(cls, args: Any, kwargs: Any, first: int, count: int) -> Step:
+        """The step that runs now."""
+        memo: dict[int, Any] = {}
+        context = copy.copy(get_forward_context())
+        context.attn_metadata = _copied(context.attn_metadata, memo)
+        context.slot_mapping = _copied(context.slot_mapping, memo)
+        return cls(_copied(args, memo), _copied(kwargs, memo), context, first, count)
+
+    def blocks_before(self, first_row: int) -> list[Blocks]:
+        """Copies of the blocks that hold the tokens before this position, of all layers with a KV cache."""
+        found = []
+        for name, metadata in self.context.attn_metadata.items():
+            cache, table = self.context.no_compile_layers[name].kv_cache, metadata.block_table
+            numbers = table[0, : -(-first_row // cache.shape[2])].long()
+            found.append(Blocks(cache, numbers, cache[numbers]))
+        return found
+
+    def renewable(self) -> list[Any]:
+        """The metadata of all groups with layers that may be sparse."""
+        of_groups = {id(metadata): metadata for metadata in self.context.attn_metadata.values()}
+        return [metadata for metadata in of_groups.values() if getattr(metadata, "plan", None) is not None]
+
+
+@dataclass
+class Kept:
+    """A text that has run under full attention."""
+
+    steps: list[Step]
+    #: positions of the rows whose next token counts, ascending
+    rows: list[int]
+    #: full attention's distributions behind them, where this rank sees them
+    expected: Distributions | None
+    #: of all layers, with the keys and values of what comes before the rows
+    blocks: list[Blocks]
+
+
 @dataclass
 class Text:
     """The current request's text, and what is found along it."""
@@ -80,16 +152,15 @@ class Text:
     first_row: int
     #: tokens
     length: int
-    #: full attention's of each row, to compare with
-    expected: Distributions | None
-    #: number under which its distributions are kept, to be compared with later; None: they are not
+    #: positions of the tokens behind which distributions are looked at, ascending
+    rows: list[int]
+    #: number under which it is kept; None: it is not
     keep: int | None
     #: observe every so many rows; 0 for none
     observe_every: int
+    steps: list[Step] = field(default_factory=list)
     kept: list[Distributions] = field(default_factory=list)
-    #: of each row, from full attention's
-    divergences: list[float] = field(default_factory=list)
-    #: the likeliest next token, after the last token before the rows and after each row
+    #: the likeliest next token, behind each of `rows`
     likeliest: list[int] = field(default_factory=list)
 
 
@@ -114,10 +185,13 @@ class Calibration:
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, state: WorkerState[Any]) -> None:
         self._state = state
         self._start: DeltaConfig = state.config
+        self._model = model
         self._compute_logits: Any = model.compute_logits
         self._rows_at_a_time = max(1, PROBABILITIES_AT_A_TIME // vllm_config.model_config.get_vocab_size())
         self._num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        self._kept: dict[int, Distributions] = {}
+        self._kept: dict[int, Kept] = {}
+        #: the text whose keys and values lie in the KV cache
+        self._present: int | None = None
         self._text: Text | None = None
         self._seen = Observations()
         model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -129,7 +203,7 @@ class Calibration:
         Raises:
             ValueError: a name that is none of theirs.
         """
-        actions = (self.layers, self.use, self.begin, self.end, self.observations)
+        actions = (self.layers, self.use, self.begin, self.end, self.score, self.observations)
         for method in actions:
             if method.__name__ == action:
                 return method(*args, **kwargs)
@@ -155,8 +229,8 @@ class Calibration:
         self,
         first_row: int,
         length: int,
+        rows: Sequence[int],
         keep: int | None = None,
-        against: int | None = None,
         observe_every: int = 0,
     ) -> None:
         """Announce the next request's text.
@@ -164,25 +238,55 @@ class Calibration:
         Args:
             first_row: position of the first decode row, 1 or more.
             length: tokens.
-            keep: number under which its distributions are kept.
-            against: number of distributions that were kept, to compare these with.
+            rows: positions of the tokens behind which the next one counts, ascending.
+            keep: number under which it is kept, to be scored under other plans.
             observe_every: observe every so many rows; 0 for none.
         """
-        expected = None if against is None else self._kept.get(against)
-        self._text = Text(first_row, length, expected, keep, observe_every)
+        self._text = Text(first_row, length, list(rows), keep, observe_every)
         self._state.aside.observer = self._observe if observe_every else None
 
-    def end(self) -> tuple[list[float], list[int]]:
-        """The rows' divergences (none unless compared), and the likeliest tokens before and after each.
+    def end(self) -> list[int]:
+        """The likeliest tokens behind its rows.
 
-        Both are empty on tensor parallel ranks that do not see distributions.
+        None on tensor parallel ranks that do not see distributions.
         """
         text, self._text = self._text, None
         self._state.aside.observer = None
         assert text is not None
-        if text.keep is not None and text.kept:
-            self._kept[text.keep] = Distributions.join(text.kept)
-        return text.divergences, text.likeliest
+        if text.keep is not None:
+            expected = Distributions.join(text.kept) if text.kept else None
+            blocks = text.steps[0].blocks_before(text.first_row)
+            self._kept[text.keep] = Kept(text.steps, text.rows, expected, blocks)
+        self._present = text.keep
+        return text.likeliest
+
+    @torch.inference_mode()
+    def score(self, number: int) -> tuple[list[float], list[int]]:
+        """The divergences behind the rows of a text that was kept, and the likeliest tokens there.
+
+        Under the plan in use. Both are empty on tensor parallel ranks that do not see distributions.
+        """
+        kept = self._kept[number]
+        if self._present != number:
+            for blocks in kept.blocks:
+                blocks.put_back()
+            self._present = number
+        divergences: list[float] = []
+        likeliest: list[int] = []
+        for step in kept.steps:
+            self._state.step += 1
+            for metadata in step.renewable():
+                self._state.renew(metadata)
+            context = copy.copy(step.context)  # whose counters of layers begin anew
+            with override_forward_context(context):
+                hidden = self._model.forward(*step.args, **step.kwargs)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                for part, found in self._distributions(hidden, step.first, step.count, kept.rows):
+                    assert kept.expected is not None
+                    likeliest += found.argmax(-1).tolist()
+                    expected = kept.expected.slice(part.start, part.stop)
+                    divergences += expected.divergence(found).tolist()
+        return divergences, likeliest
 
     def observations(self) -> dict[str, list[list[float]]]:
         """``"mass"`` as ``[i, j, m]``, ``"distance"`` as ``[j, d]``: means over the observed rows."""
@@ -208,26 +312,29 @@ class Calibration:
         positions = positions[0] if positions.dim() == 2 else positions  # three equal ones, for texts
         first = int(positions[0])
         count = min(len(positions), text.length - first)
-        for start in range(max(0, text.first_row - 1 - first), count, self._rows_at_a_time):
-            part = slice(start, min(start + self._rows_at_a_time, count))
-            logits: Tensor | None = self._compute_logits(hidden[part])
-            if logits is not None:  # on one of several tensor parallel ranks
-                text.likeliest += logits.argmax(-1).tolist()
-                if text.expected is not None or text.keep is not None:
-                    self._compare(text, logits.float().log_softmax(-1), first + start - text.first_row)
+        for _, found in self._distributions(hidden, first, count, text.rows):
+            text.likeliest += found.argmax(-1).tolist()
+            if text.keep is not None:
+                text.kept.append(Distributions.keep(found))
+        if text.keep is not None and first + count > text.first_row:
+            text.steps.append(Step.copied(args, kwargs, first, count))
         self._seen.chosen.clear()
         self._seen.previous.clear()
 
-    @staticmethod
-    def _compare(text: Text, found: Tensor, done: int) -> None:
-        """Rows from `done` on, their log-probabilities ``[rows, vocabulary]``; row -1 is not one."""
-        if done < 0:
-            found, done = found[1:], 0
-        if text.keep is not None:
-            text.kept.append(Distributions.keep(found))
-        if text.expected is not None:
-            expected = text.expected.slice(done, done + len(found))
-            text.divergences += expected.divergence(found).tolist()
+    def _distributions(
+        self, hidden: Tensor, first: int, count: int, rows: Sequence[int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probabilities behind those of `rows` that are among a step's tokens, some at a time.
+
+        None on tensor parallel ranks that do not see them.
+        """
+        begin, end = bisect_left(rows, first), bisect_left(rows, first + count)
+        for start in range(begin, end, self._rows_at_a_time):
+            part = slice(start, min(start + self._rows_at_a_time, end))
+            places = torch.tensor(rows[part], device=hidden.device) - first
+            logits: Tensor | None = self._compute_logits(hidden[places])
+            if logits is not None:
+                yield part, logits.float().log_softmax(-1)
 
     def _observe(self, index: int, layer: Layer, rows: Sequence[RowIndex]) -> None:
         """What a layer that attends to everything attends to; called at every such layer, in their order."""
@@ -250,3 +357,25 @@ class Calibration:
                 cosine = torch.cosine_similarity(seen.previous[row], attention, 0)
                 seen.distance[index] = seen.distance.get(index, 0) + float(1 - cosine)
             seen.previous[row] = attention
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """The same with tensors of its own; what was one object stays one."""
+    if id(value) in memo:
+        return memo[id(value)]
+    result = value
+    if isinstance(value, Tensor):
+        result = value.clone()
+    elif isinstance(value, dict):
+        result = {key: _copied(part, memo) for key, part in value.items()}
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        result = type(value)(*(_copied(part, memo) for part in value))
+    elif isinstance(value, list | tuple):
+        result = type(value)(_copied(part, memo) for part in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = copy.copy(value)
+        for part in dataclasses.fields(value):
+            if hasattr(value, part.name) and part.name not in _WITH_ADDRESSES:
+                object.__setattr__(result, part.name, _copied(getattr(value, part.name), memo))
+    memo[id(value)] = result
+    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,13 @@ class WorkerState(Generic[Group]):
         The budget is at most, the page size at least that of the start, for which buffers were allocated.
         """
         self.config, self.plan, self.rule = config, plan, config.rule
+
+    def renew(self, metadata: Any) -> None:
+        """Make a step's metadata that of a step with the same rows now, under settings that may have changed.
+
+        The step counts as one that `begin_step` has not seen; its groups share the number.
+        """
+        metadata.plan, metadata.step = self.plan, self.step
 
     def begin_step(self, group: Group, *, has_rows: bool) -> int:
         """The number of the step that this group's metadata is built for; every group calls it once."""

@@ -39,6 +39,10 @@ class DecodeRows:
             self.kept_pages[begin:end],
         )
 
+    def num_within_budget(self, page_size: int) -> int:
+        """Rows that attend to everything, as their sequences fit their budgets; waits for the device."""
+        return int((self.lengths <= self.kept_pages.long() * page_size).sum())
+
 
 @dataclass(frozen=True)
 class SelectionRule:

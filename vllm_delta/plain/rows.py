@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_delta.method.attention import AttentionParameters
+from vllm_delta.method.rows import DecodeRows
 from vllm_delta.plain.cache import read_sequence
 
 #: numbers that the largest tensor of rows computed together has, about
@@ -33,6 +34,12 @@ class RowIndex(NamedTuple):
     length: int
     #: its budget, as in `DecodeRows`
     kept_pages: int
+
+
+def row_indices(rows: DecodeRows) -> list[RowIndex]:
+    """The rows where Python can read them, which waits for the device."""
+    columns = torch.stack([rows.tokens, rows.requests, rows.lengths, rows.kept_pages]).tolist()
+    return [RowIndex(*row) for row in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)

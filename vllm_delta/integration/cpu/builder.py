@@ -15,9 +15,8 @@ from vllm_delta.integration.cpu.metadata import DeltaCPUMetadata, LayerGroup
 from vllm_delta.integration.cpu.state import set_up
 from vllm_delta.integration.layers import DeltaLayer
 from vllm_delta.integration.validation import check_block_size, check_isa
-from vllm_delta.method.rows import DecodeRows
 from vllm_delta.method.step import PrefillBatch, split_step
-from vllm_delta.plain.rows import RowIndex
+from vllm_delta.plain.rows import row_indices
 
 
 class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
@@ -63,10 +62,9 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
         metadata.num_prefill_tokens = step.num_prefill_tokens
         if step.rows is not None:
             metadata.rows = rows = step.rows
-            budgets = rows.kept_pages.long() * state.rule.page_size
-            metadata.num_rows_within_budget = int((rows.lengths <= budgets).sum())
+            metadata.num_rows_within_budget = rows.num_within_budget(state.rule.page_size)
             if state.aside.is_needed(state.config):
-                metadata.row_indices = _row_indices(rows)
+                metadata.row_indices = row_indices(rows)
         if step.prefill is not None:
             metadata.prefill = step.prefill, self._build_prefill(common, step.prefill)
         return metadata
@@ -86,8 +84,3 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
             slot_mapping=common.slot_mapping[prefill.tokens],
         )
         return super().build(0, batch)
-
-
-def _row_indices(rows: DecodeRows) -> list[RowIndex]:
-    columns = (rows.tokens, rows.requests, rows.lengths, rows.kept_pages)
-    return [RowIndex(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

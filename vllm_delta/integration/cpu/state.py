@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_delta.integration.cpu.metadata import LayerGroup
+from vllm_delta.integration.cpu.metadata import DeltaCPUMetadata, LayerGroup
 from vllm_delta.integration.layers import find_state, local_layers
 from vllm_delta.integration.settings import settings_of
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.kernels.cpu import ops
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.counters import Counters
+from vllm_delta.plain.rows import row_indices
 
 
 @dataclass(kw_only=True)
@@ -28,6 +29,15 @@ class CPUState(WorkerState[LayerGroup]):
     def nbytes(self) -> int:
         """Bytes of memory that DELTA holds."""
         return super().nbytes + self.workspace.nbytes
+
+    def renew(self, metadata: DeltaCPUMetadata) -> None:
+        """As for any worker; rows have the budget of now."""
+        super().renew(metadata)
+        if metadata.rows is not None:
+            metadata.rows.kept_pages.fill_(self.config.budget_pages)
+            metadata.num_rows_within_budget = metadata.rows.num_within_budget(self.rule.page_size)
+            needs_rows = self.aside.is_needed(self.config)
+            metadata.row_indices = row_indices(metadata.rows) if needs_rows else []
 
 
 def set_up(vllm_config: VllmConfig) -> CPUState:

@@ -22,7 +22,7 @@ from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.method.plan import Plan, Role
 from vllm_delta.method.rows import DecodeRows
 from vllm_delta.method.step import PrefillBatch, split_step
-from vllm_delta.plain.rows import RowIndex
+from vllm_delta.plain.rows import row_indices
 
 #: FlashAttention's layers that in a step of single tokens schedule their own work, on the GPU. Once for all,
 #: ahead, it takes the host's time.
@@ -105,7 +105,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
     ) -> None:
         metadata.launches = self.state.cut(rows, shape)
         if self.state.aside.is_needed(self.state.config):
-            metadata.row_indices = _row_indices(rows)
+            metadata.row_indices = row_indices(rows)
         else:
             metadata.appends = single
             metadata.runs_full_layers = single and len(rows) <= self._most_full_rows
@@ -153,12 +153,6 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def _row_indices(rows: DecodeRows) -> list[RowIndex]:
-    """The rows where Python can read them, which waits for the GPU."""
-    columns = torch.stack([rows.tokens, rows.requests, rows.lengths, rows.kept_pages]).tolist()
-    return [RowIndex(*row) for row in zip(*columns, strict=True)]
 
 
 def _neighbours(indices: Tensor) -> slice | Tensor:

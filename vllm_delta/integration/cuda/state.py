@@ -18,7 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_delta.integration.cuda.metadata import Launch, LayerGroup
+from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, LayerGroup
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.integration.settings import settings_of
 from vllm_delta.integration.worker_state import WorkerState
@@ -32,6 +32,7 @@ from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.counters import Counters
 from vllm_delta.method.plan import Plan, Role
 from vllm_delta.method.rows import ALL_PAGES, DecodeRows
+from vllm_delta.plain.rows import row_indices
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -68,6 +69,17 @@ class CUDAState(WorkerState[LayerGroup]):
         """As for any worker; the budget of single-token steps follows."""
         super().use(config, plan)
         self.kept_pages.fill_(config.budget_pages)
+
+    def renew(self, metadata: DeltaCUDAMetadata) -> None:
+        """As for any worker; rows have the budget of now, and schedules are the worker's own."""
+        super().renew(metadata)
+        shape, launched = metadata.group.shape, [launch.rows for launch in metadata.launches]
+        assert shape is not None
+        for rows in launched:
+            rows.kept_pages.fill_(self.config.budget_pages)
+        metadata.launches = [Launch(rows, self.schedule(shape, index)) for index, rows in enumerate(launched)]
+        needs_rows = self.aside.is_needed(self.config)
+        metadata.row_indices = [row for rows in launched for row in row_indices(rows)] if needs_rows else []
 
     def single_token_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> DecodeRows:
         """One row per request, in buffers whose addresses a graph may keep."""
