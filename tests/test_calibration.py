@@ -179,17 +179,21 @@ def test_a_named_file_counts(tmp_path):
         (b" " * (1 << 23), "is no calibration: it has more than 4194304 bytes"),
         (
             '{"delta": {"full_layers": 1, "selection_layers": [1]}, "calibration": {"num_layers": 28}}',
-            "was made for a model of 28 layers, and this one has 12",
+            "was made for another model: its num_layers is 28, this one's is 12",
+        ),
+        (
+            '{"delta": {"full_layers": 1, "selection_layers": [1]}, "calibration": {"hidden_size": 64}}',
+            "was made for another model: its hidden_size is 64, this one's is 128",
         ),
     ],
-    ids=["text", "list", "empty", "number", "kind", "nested", "binary", "large", "other model"],
+    ids=["text", "list", "empty", "number", "kind", "nested", "binary", "large", "layers", "size"],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / CALIBRATION_FILE
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for settings, model in (({"calibration": str(path)}, "some/model"), ({}, str(tmp_path))):
         with pytest.raises(DeltaConfigError, match=f"{path} {message}"):
-            with_calibrated_layers(settings, model, 12)
+            with_calibrated_layers(settings, model, 12, {"hidden_size": 128, "vocab_size": 9})
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
@@ -544,6 +548,7 @@ def test_the_command_writes_what_a_server_finds(tiny_model, tmp_path):
     assert status == 0
     written = json.loads((folder / CALIBRATION_FILE).read_text())
     assert written["calibration"]["model"] == folder.name
+    assert (written["calibration"]["num_layers"], written["calibration"]["hidden_size"]) == (8, 128)
     layers = {name: written["delta"][name] for name in ("full_layers", "selection_layers")}
     assert layers["full_layers"] + len(layers["selection_layers"]) == 3
     assert {name: config["delta"][name] for name in layers} == layers

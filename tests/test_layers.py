@@ -15,7 +15,7 @@ from vllm_delta.integration import layers
 from vllm_delta.integration.layers import DeltaLayer, local_layers
 from vllm_delta.integration.validation import declared_layers
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
-from vllm_delta.method.plan import Role
+from vllm_delta.method.plan import Role, make_plan
 
 PROMPTS = [[(7 * i * i + length) % 500 + 5 for i in range(length)] for length in (16, 97, 300)]
 SMALL = {"budget_tokens": 64, "recent_tokens": 32, "sink_tokens": 16}
@@ -225,6 +225,22 @@ def test_a_pipeline_rank_has_its_part_of_the_plan(monkeypatch, local, roles):
     layers.exchange_layers(config)
     chosen = DeltaConfig(full_layers=2, selection_layers=(3, 6))
     assert local_layers(chosen, config).plan.roles == roles
+
+
+def test_a_rule_of_thumb_is_named_one(monkeypatch):
+    """Whose answers may suffer should hear of it; not where layers were chosen, or none is sparse."""
+    warned = []
+    monkeypatch.setattr(layers.logger, "warning", lambda text: warned.append(text))
+    for config, expected in (
+        (DeltaConfig(), 1),
+        (DeltaConfig(selection_layers=(2, 5)), 0),
+        (DeltaConfig(full_layers=12), 0),
+        (DeltaConfig(policy="quest"), 0),
+    ):
+        warned.clear()
+        layers._log_plan(config, make_plan(config, range(12), 12), 0)
+        assert len(warned) == expected, config
+        assert all("`vllm-delta calibrate MODEL`" in text for text in warned)
 
 
 def test_ranks_that_cannot_know_each_others_layers_are_refused():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_delta.calibration.evidence import Found
+from vllm_delta.calibration.file import shape_of
 from vllm_delta.calibration.prompts import CalibrationError, Chat, Json
 from vllm_delta.calibration.search import Passes, split_passes
 from vllm_delta.calibration.texts import Text, answered
@@ -53,6 +54,7 @@ class Model:
             raise CalibrationError(f"{name} cannot be loaded: {first_line(error)}") from error
         self.max_model_len: int = self._config.max_model_len
         self.num_layers: int = self._config.get_total_num_hidden_layers()
+        self.shape = shape_of(self._config.hf_text_config)
 
     def context(self, asked: int | None) -> int:
         """Tokens of the texts to calibrate with: as asked, or as the model and the machine allow.
@@ -150,6 +152,7 @@ class Engine:
         from vllm import LLM
 
         settings = {
+            "full_layers": model.num_layers,
             "page_size": config.page_size,
             "budget_tokens": largest_budget,
             "recent_tokens": config.recent_tokens,

@@ -210,7 +210,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     result.notes = calibration.describe_run(
         arguments.model, "built in" if arguments.prompts is None else arguments.prompts.name
     )
-    result.notes["num_layers"] = model.num_layers
+    result.notes |= {"num_layers": model.num_layers, **model.shape}
     print(calibration.table(result), flush=True)
     _write(arguments, result)
     return 0

@@ -166,3 +166,8 @@ def _log_plan(config: DeltaConfig, plan: Plan, nbytes: int) -> None:
         nbytes,
         saving,
     )
+    if plan.policy == "delta" and plan.source == "rule" and plan.layers(Role.SPARSE):
+        logger.warning(
+            "DELTA: nobody has calibrated this model. Its selection layers are a rule of thumb, with which "
+            "some lose what they look up beyond the budget; `vllm-delta calibrate MODEL` finds better ones"
+        )

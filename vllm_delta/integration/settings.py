@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_delta.calibration.file import with_calibrated_layers
+from vllm_delta.calibration.file import shape_of, with_calibrated_layers
 from vllm_delta.integration.names import BACKEND_NAME
 from vllm_delta.method.config import DeltaConfig
 
@@ -47,7 +47,8 @@ def prepare(vllm_config: Any) -> DeltaConfig:
         model = vllm_config.model_config
         if model is not None:
             num_layers = model.get_total_num_hidden_layers()
-            settings = with_calibrated_layers(additional.get("delta", {}), model.model, num_layers)
+            shape = shape_of(model.hf_text_config)
+            settings = with_calibrated_layers(additional.get("delta", {}), model.model, num_layers, shape)
             if settings:
                 vllm_config.additional_config = {**additional, "delta": settings}
     return settings_of(vllm_config)
