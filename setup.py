@@ -6,8 +6,10 @@ Everything else about the package is declared in pyproject.toml.
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -77,11 +79,15 @@ class BuildKernels(build_ext):
                 depends=ext.depends,
             )
 
-        objects = []
-        for name, flags in INSTRUCTION_SETS.items():
-            objects += compile_source("csrc/cpu/attention.cpp", name, f"-DDELTA_ISA={name}", *flags)
-        objects += compile_source("csrc/cpu/select.cpp", "common")
-        objects += compile_source("csrc/cpu/bindings.cpp", "common")
+        units = [
+            ("csrc/cpu/attention.cpp", name, f"-DDELTA_ISA={name}", *flags)
+            for name, flags in INSTRUCTION_SETS.items()
+        ]
+        units += [("csrc/cpu/select.cpp", "common"), ("csrc/cpu/bindings.cpp", "common")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [
+                part for parts in pool.map(lambda unit: compile_source(*unit), units) for part in parts
+            ]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

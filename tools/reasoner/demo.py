@@ -200,7 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="solve problems under full attention and under DELTA")
     parser.add_argument("model", type=Path, help="folder of a trained reasoner")
     parser.add_argument("--length", type=int, default=4096, help="tokens of prompt and answer (4096)")
-    parser.add_argument("--context", type=int, default=12000, help="tokens where steps are timed (12000)")
+    parser.add_argument("--context", type=int, default=10000, help="tokens where steps are timed (10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument(
         "--delta", metavar="JSON", type=json_object, default=DELTA, help=f"settings ({json.dumps(DELTA)})"
