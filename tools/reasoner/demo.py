@@ -39,7 +39,7 @@ SHOWN = 2
 #: characters of a prompt that are shown
 WIDTH = 100
 #: answers that are timed at a time, the lengths of which the difference is taken, and how often
-BATCH, SHORT, LONG, ROUNDS = 4, 8, 72, 3
+BATCH, SHORT, LONG, ROUNDS = 4, 8, 72, 5
 
 
 @dataclass(frozen=True)
