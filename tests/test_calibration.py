@@ -35,7 +35,7 @@ from vllm_delta.calibration.search import (
 )
 from vllm_delta.cli import calibrate as calibrate_command
 from vllm_delta.cli.main import parse_arguments
-from vllm_delta.integration.calibration import Calibration, Distributions
+from vllm_delta.integration.calibration import Calibration, Distributions, Step
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 from vllm_delta.method.counters import Counters
@@ -362,6 +362,24 @@ def test_wrong_prompts_are_refused(tmp_path, text, chat, message):
     path.write_text(text)
     with pytest.raises(CalibrationError, match=message):
         render(read_prompts(path), chat)
+
+
+def test_blocks_are_kept_of_layers_with_a_kv_cache():
+    """And put back as they were, but for those behind; the state of other layers is not."""
+    cache = torch.randn(6, 2, 4, 8)
+    before = cache.clone()
+    attention = SimpleNamespace(block_table=torch.tensor([[5, 0, 3, 1]], dtype=torch.int32))
+    context = SimpleNamespace(
+        attn_metadata={"attention": attention, "mamba": SimpleNamespace()},
+        no_compile_layers={
+            "attention": SimpleNamespace(kv_cache=cache),
+            "mamba": SimpleNamespace(kv_cache=(torch.zeros(3), torch.zeros(3))),
+        },
+    )
+    (blocks,) = Step((), {}, context, 0, 0).blocks_before(9)
+    cache.zero_()
+    blocks.put_back()
+    assert torch.equal(cache[[5, 0, 3]], before[[5, 0, 3]]) and not cache[[1, 2, 4]].any()
 
 
 def encode(text, add_special_tokens=True):

@@ -77,9 +77,8 @@ class Model:
         from vllm.config import ParallelConfig
 
         parallel = ParallelConfig(tensor_parallel_size=self.options.get("tensor_parallel_size", 1))
-        itemsize = 1 if str(self.options.get("kv_cache_dtype", "auto")).startswith("fp8") else 2
-        if itemsize == 2:
-            itemsize = self._config.dtype.itemsize
+        quantized = str(self.options.get("kv_cache_dtype", "auto")).startswith("fp8")
+        itemsize = 1 if quantized else self._config.dtype.itemsize
         heads = self._config.get_num_kv_heads(parallel)
         token_bytes = 2 * self.num_layers * heads * self._config.get_head_size() * itemsize
         return int(1.1 * tokens * token_bytes) + (1 << 25)

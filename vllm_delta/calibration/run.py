@@ -373,17 +373,13 @@ def table(result: Result) -> str:
     lines += ["", f"{result.best.name}, by budget", head]
     lines += [row(f"{budget}", result.best.passes, budget, loss) for budget, loss in result.by_budget.items()]
     lines += ["", f"by full and selection layers together, budget {searched}", head]
-    lines += [row(f"{number}", *pair) for number, pair in _by_number(result)]
+    sets = sorted(result.by_number.items())
+    lines += [row(f"{number}", passes, searched, loss) for number, (passes, loss) in sets]
     sensitive = sorted(result.sensitivity.items(), key=lambda pair: -pair[1])
     lines += ["", "most sensitive layers: " + ", ".join(f"{layer} ({v:.3f})" for layer, v in sensitive[:8])]
     if counted.has_retrieval:
         lines += ["", _advice(result)]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _by_number(result: Result) -> list[tuple[int, tuple[Passes, int, Loss]]]:
-    budget = result.options.search_budget
-    return [(number, (passes, budget, loss)) for number, (passes, loss) in sorted(result.by_number.items())]
 
 
 def _advice(result: Result) -> str:

@@ -120,8 +120,10 @@ class Step:
         """Copies of the blocks that hold the tokens before this position, of all layers with a KV cache."""
         found = []
         for name, metadata in self.context.attn_metadata.items():
-            cache, table = self.context.no_compile_layers[name].kv_cache, metadata.block_table
-            numbers = table[0, : -(-first_row // cache.shape[2])].long()
+            cache = self.context.no_compile_layers[name].kv_cache
+            if not isinstance(cache, Tensor):
+                continue  # of Mamba's kind, whose state is not kept: a text that runs again then differs
+            numbers = metadata.block_table[0, : -(-first_row // cache.shape[2])].long()
             found.append(Blocks(cache, numbers, cache[numbers]))
         return found
 
