@@ -202,6 +202,7 @@ class Engine:
             text.tokens,
             text.first_row,
             [position - 1 for position in text.positions],
+            following=[text.tokens[position] for position in text.positions],
             keep=key,
             observe_every=every if observed_rows else 0,
         )
@@ -218,8 +219,11 @@ class Engine:
     def score(self, passes: Passes, budget_tokens: int, key: int) -> Found:
         """What a plan makes of a text that was kept under this number."""
         self._use(passes, budget_tokens)
-        divergences, likeliest = next((found for found in self._ask("score", key) if found[1]), ([], []))
-        return Found(divergences, likeliest)
+        return self.score_in_use(key)
+
+    def score_in_use(self, key: int) -> Found:
+        """What the settings in use make of a text that was kept under this number."""
+        return Found(*next((found for found in self._ask("score", key) if found[1]), ([], [], [])))
 
     def guesses(self, tokens: Sequence[int], first_row: int) -> list[int]:
         """The likeliest token at each place of a text from `first_row` on, and behind it, given all before.

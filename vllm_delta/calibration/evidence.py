@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from vllm_delta.calibration.texts import RETRIEVAL, Text
@@ -30,6 +30,8 @@ class Found:
     divergences: list[float]
     #: the likeliest tokens in their places
     likeliest: list[int]
+    #: log-probabilities of the tokens themselves, nats; none where they were not asked for
+    log_probabilities: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

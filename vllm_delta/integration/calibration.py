@@ -140,6 +140,8 @@ class Kept:
     steps: list[Step]
     #: positions of the rows whose next token counts, ascending
     rows: list[int]
+    #: the tokens behind these rows
+    following: list[int]
     #: full attention's distributions behind them, where this rank sees them
     expected: Distributions | None
     #: of all layers, with the keys and values of what comes before the rows
@@ -156,6 +158,8 @@ class Text:
     length: int
     #: positions of the tokens behind which distributions are looked at, ascending
     rows: list[int]
+    #: the tokens behind these, where it is kept
+    following: list[int]
     #: number under which it is kept; None: it is not
     keep: int | None
     #: observe every so many rows; 0 for none
@@ -232,6 +236,7 @@ class Calibration:
         first_row: int,
         length: int,
         rows: Sequence[int],
+        following: Sequence[int] = (),
         keep: int | None = None,
         observe_every: int = 0,
     ) -> None:
@@ -241,10 +246,11 @@ class Calibration:
             first_row: position of the first decode row, 1 or more.
             length: tokens.
             rows: positions of the tokens behind which the next one counts, ascending.
+            following: these next ones, where the text is kept.
             keep: number under which it is kept, to be scored under other plans.
             observe_every: observe every so many rows; 0 for none.
         """
-        self._text = Text(first_row, length, list(rows), keep, observe_every)
+        self._text = Text(first_row, length, list(rows), list(following), keep, observe_every)
         self._state.aside.observer = self._observe if observe_every else None
 
     def end(self) -> list[int]:
@@ -258,15 +264,17 @@ class Calibration:
         if text.keep is not None:
             expected = Distributions.join(text.kept) if text.kept else None
             blocks = text.steps[0].blocks_before(text.first_row)
-            self._kept[text.keep] = Kept(text.steps, text.rows, expected, blocks)
+            self._kept[text.keep] = Kept(text.steps, text.rows, text.following, expected, blocks)
         self._present = text.keep
         return text.likeliest
 
     @torch.inference_mode()
-    def score(self, number: int) -> tuple[list[float], list[int]]:
-        """The divergences behind the rows of a text that was kept, and the likeliest tokens there.
+    def score(self, number: int) -> tuple[list[float], list[int], list[float]]:
+        """What the settings in use make of a text that was kept, behind each of its rows.
 
-        Under the plan in use. Both are empty on tensor parallel ranks that do not see distributions.
+        Returns:
+            The divergences from full attention, the likeliest tokens, and the log-probabilities of the text's
+            own, both in nats. All are empty on tensor parallel ranks that do not see distributions.
         """
         kept = self._kept[number]
         if self._present != number:
@@ -275,6 +283,7 @@ class Calibration:
             self._present = number
         divergences: list[float] = []
         likeliest: list[int] = []
+        log_probabilities: list[float] = []
         for step in kept.steps:
             self._state.step += 1
             for metadata in step.renewable():
@@ -288,7 +297,9 @@ class Calibration:
                     likeliest += found.argmax(-1).tolist()
                     expected = kept.expected.slice(part.start, part.stop)
                     divergences += expected.divergence(found).tolist()
-        return divergences, likeliest
+                    following = torch.tensor(kept.following[part], device=found.device)
+                    log_probabilities += found.gather(1, following[:, None])[:, 0].tolist()
+        return divergences, likeliest, log_probabilities
 
     def observations(self) -> dict[str, list[list[float]]]:
         """``"mass"`` as ``[i, j, m]``, ``"distance"`` as ``[j, d]``: means over the observed rows."""
