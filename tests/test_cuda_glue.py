@@ -23,7 +23,7 @@ from vllm_delta.integration.cuda.state import LOGITS_SHARE, CUDAState, _logit_to
 from vllm_delta.integration.worker_methods import DeltaWorkerMethods
 from vllm_delta.kernels.gpu import attention, combine, scores, select
 from vllm_delta.kernels.gpu.schedule import Schedule
-from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES
+from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES, launch_rows
 from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.counters import Counters
 from vllm_delta.method.plan import SELF_SELECTING, Plan, Role
@@ -339,3 +339,17 @@ def test_prompts_of_either_runner_end_where_vllm_says():
     worker.model_runner = SimpleNamespace(req_states=of_requests)
     assert worker._prompt_lens(common).tolist() == [9, 5]
     assert worker._prompt_lens(SimpleNamespace(num_reqs=2, req_idx=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("sequences", "step_rows", "max_length", "page_size", "rows"),
+    [
+        pytest.param(1, 8192, 8192, 16, 512, id="one sequence has many rows when it is computed again"),
+        pytest.param(1, 100, 100, 16, 100, id="steps have few rows"),
+        pytest.param(600, 8192, 8192, 16, 600, id="many sequences"),
+        pytest.param(4096, 8192, 8192, 16, 1024, id="more than a launch takes"),
+        pytest.param(64, 8192, 1 << 24, 1, 2, id="page scores of few rows fill the memory"),
+    ],
+)
+def test_rows_of_a_launch(sequences, step_rows, max_length, page_size, rows):
+    assert launch_rows(sequences, step_rows, max_length, page_size) == rows

@@ -172,7 +172,7 @@ def _allocate(
     single_token_rows = max(scheduler.max_num_seqs, graph_rows)
     # Every token of a step may be a decode row, but a sequence has no more than it may have.
     step_rows = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_length)
-    max_rows = launch_rows(single_token_rows, max_length, config.page_size)
+    max_rows = launch_rows(single_token_rows, step_rows, max_length, config.page_size)
     workspace, table = None, None
     if shapes:
         workspace = Workspace.allocate(

@@ -18,8 +18,8 @@ LOGIT_BYTES = 2 + 4 / MIN_TILE
 #: Pages of a row that its selection takes at a time.
 SELECTION_WIDTH = 2048
 
-#: Rows that one launch takes at most.
-MAX_LAUNCH_ROWS = 1024
+#: Rows that one launch takes at most, and those that it takes where a step may have as many.
+MAX_LAUNCH_ROWS, LEAST_LAUNCH_ROWS = 1024, 512
 
 #: Bytes that the page scores of one launch take at most, where that leaves room for a row.
 MAX_SCORES_BYTES = 128 << 20
@@ -110,10 +110,19 @@ class Workspace:
         return self.logits.numel() // (LOGIT_TILE * shape.padded_heads)
 
 
-def launch_rows(max_rows: int, max_length: int, page_size: int) -> int:
-    """Rows of a launch, where up to `max_rows` come in one step: few enough for the page scores' memory."""
+def launch_rows(single_token_rows: int, step_rows: int, max_length: int, page_size: int) -> int:
+    """Rows of a launch: few enough for the page scores' memory.
+
+    Args:
+        single_token_rows: of steps with one row for each sequence, at most.
+        step_rows: of any step, at most; more than `single_token_rows` where a sequence has several, as when a
+            preempted one is computed again. A launch for each would take longer than what it computes.
+        max_length: tokens of a sequence, at most.
+        page_size: tokens.
+    """
     row_bytes = 4 * -(-max_length // page_size)
-    return max(1, min(max_rows, MAX_LAUNCH_ROWS, MAX_SCORES_BYTES // row_bytes))
+    wanted = max(single_token_rows, min(step_rows, LEAST_LAUNCH_ROWS))
+    return max(1, min(wanted, MAX_LAUNCH_ROWS, MAX_SCORES_BYTES // row_bytes))
 
 
 def most_programs(num_kv_heads: int, device: torch.device | str) -> int:
