@@ -26,7 +26,7 @@ MYPY_PATHS := $(wildcard vllm_delta benchmarks tools)
 .DELETE_ON_ERROR:
 always:
 
-.PHONY: always help setup demo serve test test-harness soak real-model bench lint format clean distclean
+.PHONY: always help setup demo serve test test-harness soak real-model real-texts bench lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ soak: $(INSTALLED) ## a server under many impatient clients: make soak [SECONDS=
 
 real-model: $(VENV)/.installed-real ## fetch a small pretrained model and print its folder: make real-model [ARGS=FOLDER]
 	@$(PY) tools/real_model.py $(ARGS)
+
+real-texts: $(INSTALLED) ## fetch three long texts from Debian's packages: make real-texts [ARGS=FOLDER]
+	@$(PY) tools/real_texts.py $(ARGS)
 
 bench: $(VENV)/.installed-bench ## measure decode speed: make bench [ARGS=...]
 	$(PY) benchmarks/decode.py $(ARGS)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 
 from benchmarks import RESULTS
+from benchmarks.accuracy import real_text
+from benchmarks.accuracy.documents import FACTS, QUOTES
 from benchmarks.across.query import (
     MODELS,
     Query,
@@ -19,7 +21,8 @@ from benchmarks.across.query import (
     span,
 )
 from benchmarks.lib.base import DELTA
-from benchmarks.lib.rows import Accuracy
+from benchmarks.lib.rows import Accuracy, TextLoss
+from vllm_delta.calibration.texts import PROSE
 from vllm_delta.method.config import DeltaConfig
 
 #: a calibration's names of the sets that it compares
@@ -82,6 +85,37 @@ def divergences(query: Query) -> list[str]:
         lines.append([MODELS.get(model, model), *map(_nats, losses)])
     files = " and ".join(f"`{query.name}_{number}.json`" for number in query.shapes)
     return [*markdown(["model", *RULES.values()], lines), "", f"Files: {files} in `benchmarks/results`."]
+
+
+def real_texts(query: Query) -> list[str]:
+    """What settings keep of quotes and facts, and lose on prose, by context."""
+    rows = query.rows(TextLoss, run=day_of)
+    found: dict[tuple[int, str], list[TextLoss]] = {}
+    for row in rows:
+        found.setdefault((row.context, row.setting), []).append(row)
+    order = list(dict.fromkeys(row.setting for row in rows))
+    keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
+    contexts = grouped([f"{context:,}" for context, _ in keys])
+    lines = [[context, key[1], *_losses(found[key])] for context, key in zip(contexts, keys, strict=True)]
+    head = ["tokens", "setting", "attended", "quotes, %", "facts, %", "rise, nats", "divergence, nats"]
+    return markdown(head, lines) + provenance(rows, query.name)
+
+
+def _losses(rows: list[TextLoss]) -> list[str]:
+    def shown(family: str, statistic: real_text.Statistic) -> str:
+        return _shown([row for row in rows if row.family == family], statistic)
+
+    looked_up = [shown(family, real_text.kept) for family in (QUOTES, FACTS)]
+    prose = [shown(PROSE, statistic) for statistic in (real_text.rise, real_text.divergence)]
+    return [percent(real_text.attended_share(rows), 0), *looked_up, *prose]
+
+
+def _shown(rows: list[TextLoss], statistic: real_text.Statistic) -> str:
+    """A statistic with its interval."""
+    digits = 1 if statistic is real_text.kept else 4
+    bounds = real_text.interval(real_text.by_document(rows), statistic)
+    text = f"{statistic(rows):.{digits}f}"
+    return text if bounds is None else f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
 
 
 def _nats(loss: float) -> str:

@@ -30,6 +30,7 @@ SOURCES = (
     Source("kernels_*.csv", rows.KernelTime, "benchmarks/kernels.py"),
     Source("accuracy_lm_eval_*.csv", rows.TaskAccuracy, "benchmarks/accuracy.py lm-eval"),
     Source("accuracy_*.csv", rows.Accuracy, "benchmarks/accuracy.py"),
+    Source("real_text_*.csv", rows.TextLoss, "benchmarks/real_text.py"),
     Source("compare_*.csv", rows.Comparison, "benchmarks/compare.py"),
     Source("train_*.csv", rows.TrainingStep, "-m reasoner.train"),
 )

@@ -20,7 +20,7 @@ from benchmarks.across import accuracy_tables, kernel_tables, speed_tables
 from benchmarks.across.query import Query, ReportError
 
 #: documents with tables
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/benchmarks-diary.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/benchmarks-diary.md", "docs/choosing.md")
 
 TABLES: dict[str, Callable[[Query], list[str]]] = {
     "decode_cpu": speed_tables.decode,
@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[Query], list[str]]] = {
     "accuracy_cuda": accuracy_tables.budgets,
     "accuracy_layers_cpu": accuracy_tables.layers,
     "calibration_12_layers_seed": accuracy_tables.divergences,
+    "real_text_cpu": accuracy_tables.real_texts,
 }
 MARKED = re.compile(r"(<!-- table: ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OPENING = "<!-- table:"

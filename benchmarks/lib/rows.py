@@ -205,6 +205,33 @@ class TaskAccuracy(AnswerRun):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextLoss(Run):
+    """What a setting loses at some tokens of one document of the benchmark on real texts.
+
+    A document has quotes, facts and prose; a place is where in it lies what is looked up, in quarters from 0
+    on, or, of prose, which quarter of the scored tokens these are. Sums are over tokens.
+    """
+
+    setting: str  # its name
+    weights: str  # start of the SHA-256 of the model's files, or the model's name
+    text: str  # its name
+    digest: str  # start of the SHA-256 of the text's tokens
+    seed: int
+    context: int  # tokens of the document
+    part: int  # which of several documents
+    family: str
+    place: int
+    tokens: int
+    right: int  # that full attention gets right; of prose, all
+    kept: int  # of these, that the setting gets right; of prose, where both expect the same token
+    divergence: float  # from full attention's distributions, nats
+    full_loss: float  # cross-entropy under full attention, nats
+    loss: float  # cross-entropy under the setting, nats
+    attended_tokens: int  # over all rows of the document, all layers
+    context_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelTime(Provenance):
     """One kernel, or one way to run an attention layer, in one case.
 

@@ -1,0 +1,10 @@
+"""What settings lose on real texts: starts `benchmarks.accuracy.real_text` from any folder."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+    from benchmarks.accuracy.real_text import main
+
+    sys.exit(main(sys.argv[1:]))
