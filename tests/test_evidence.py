@@ -99,6 +99,9 @@ class FakeEngine:
         self.full[key] = likeliest
         return Found([0.0] * len(likeliest), likeliest)
 
+    def hits(self):
+        return {layer: float(layer == 4) for layer in self.eligible}
+
     def observations(self) -> Observed:
         pairs = {(i, j): 0.5 for j in self.eligible for i in range(j)}
         return Observed(pairs, dict.fromkeys(self.eligible[1:], 0.1))

@@ -208,6 +208,11 @@ class Engine:
         )
         return Found([0.0] * len(likeliest), likeliest)
 
+    def hits(self) -> dict[int, float]:
+        """By layer, how often its best head looks repeated tokens up; see `vllm_delta.plain.probe`."""
+        hits: dict[int, float] = self._ask("hits")[0]
+        return hits
+
     def observations(self) -> Observed:
         """What layers attended to along the texts that were kept."""
         seen = self._ask("observations")[0]

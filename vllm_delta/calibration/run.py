@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from vllm_delta.calibration.search import (
 )
 from vllm_delta.calibration.texts import RETRIEVAL, Text
 from vllm_delta.method.config import DeltaConfig
-from vllm_delta.method.plan import Role, make_plan
+from vllm_delta.method.plan import Role, make_plan, probed_settings
 
 #: rows of each of the first `OBSERVED_TEXTS` of which mass and distances are computed
 OBSERVED_ROWS, OBSERVED_TEXTS = 16, 2
@@ -38,7 +38,7 @@ BUDGETS = (0.5, 1, 2, 4)
 #: tokens that are looked up and that full attention has to get right, among those searched and those held out
 LEAST_RETRIEVED = 60
 #: names of choices
-CALIBRATED, THUMB = "calibrated", "rule of thumb"
+CALIBRATED, THUMB, PROBE = "calibrated", "rule of thumb", "probe"
 #: mean divergence of full attention from itself that is rounding, nats
 ROUNDING = 0.01
 
@@ -229,7 +229,7 @@ def calibrate(
     }
     whole, screen = (partial(value, among=among) for among in (searched, screened))
     path = search(eligible, number, whole, screen if len(screened) < len(searched) else None, sensitivity)
-    rules = rules_of(observed, eligible, number)
+    rules = rules_of(observed, engine.hits(), number)
     losses = {passes: runs.loss(passes, budget, held_out) for passes in sorted({*path, *rules.values()})}
     choices = _ranked(path, rules, losses, options)
     best = choices[0].passes
@@ -291,18 +291,23 @@ def _check_evidence(loss: Loss) -> None:
         )
 
 
-def rules_of(observed: Observed, eligible: Sequence[int], number: int) -> dict[str, Passes]:
-    """The passes of the rule of thumb, the paper's peaks and the attention mass, as many as are asked for.
+def rules_of(observed: Observed, hits: Mapping[int, float], number: int) -> dict[str, Passes]:
+    """The passes of the rule of thumb, the paper's peaks, the attention mass, and a probe that found some.
 
-    The rule of thumb gives three selection layers; with another number of passes it has as many full layers
-    as that leaves.
+    They are as many as are asked for. The rule of thumb gives three selection layers; with another number of
+    passes it has as many full layers as that leaves.
     """
+    eligible = sorted(hits)
     full_layers = max(0, number - 3)
     config = DeltaConfig(full_layers=full_layers)
     thumb = make_plan(config, eligible, eligible[-1] + 1)
     passes = join_passes(full_layers, thumb.layers(Role.SELECTION), eligible)
+    probed = probed_settings(DeltaConfig(), hits, keeps_full_layers=False, number=number)
+    layers = () if probed is None or probed.selection_layers == "auto" else probed.selection_layers
+    found = {PROBE: layers[:number]} if layers else {}
     return {
         THUMB: passes[:number],
+        **found,
         "peaks": peak_rule(observed.distances, eligible, number, min(2, number - 1)),
         "mass": mass_rule(observed.mass, eligible, number),
     }

@@ -31,6 +31,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_delta.integration import probe_at_start
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.plan import make_plan
@@ -40,7 +41,6 @@ from vllm_delta.plain.rows import Layer, RowIndex
 
 #: log-probabilities that are computed at a time
 PROBABILITIES_AT_A_TIME = 10_000_000
-
 #: tokens of full attention's distributions that are distinguished
 LIKELIEST = 1024
 
@@ -188,8 +188,10 @@ class Calibration:
     One request at a time, without CUDA graphs, prefix caching and pipeline parallelism.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, state: WorkerState[Any]) -> None:
-        self._state = state
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, state: WorkerState[Any], device: torch.device
+    ) -> None:
+        self._vllm_config, self._state, self._device = vllm_config, state, device
         self._start: DeltaConfig = state.config
         self._model = model
         self._compute_logits: Any = model.compute_logits
@@ -209,15 +211,19 @@ class Calibration:
         Raises:
             ValueError: a name that is none of theirs.
         """
-        actions = (self.layers, self.use, self.begin, self.end, self.score, self.observations)
-        for method in actions:
-            if method.__name__ == action:
-                return method(*args, **kwargs)
-        raise ValueError(f"action must be one of {', '.join(m.__name__ for m in actions)}, not {action!r}")
+        methods = (self.layers, self.hits, self.use, self.begin, self.end, self.score, self.observations)
+        actions = {method.__name__: method for method in methods}
+        if action not in actions:
+            raise ValueError(f"action must be one of {', '.join(actions)}, not {action!r}")
+        return actions[action](*args, **kwargs)
 
     def layers(self) -> list[int]:
         """Indices of the layers that a plan may make sparse, ascending."""
         return sorted(self._state.plan.roles)
+
+    def hits(self) -> dict[int, float]:
+        """What a probe finds; see `vllm_delta.integration.probe_at_start.run`."""
+        return probe_at_start.run(self._vllm_config, self._model, self._device)
 
     def use(self, settings: Mapping[str, Any]) -> None:
         """Change the settings to those of the start, but for these.

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_delta.integration.probe import Probe
 from vllm_delta.integration.validation import declared_layers
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
@@ -31,6 +32,10 @@ class DeltaLayer:
     layer_index: int | None = None
     #: the layers of the whole model that may be sparse, where they lie on several pipeline ranks
     eligible_in_model: tuple[int, ...] | None = None
+    #: whether a worker of DELTA's runs it, which reports the plan itself, when a probe may have changed it
+    is_reported: bool = False
+    #: looks on in place of the KV cache, while a probe runs; see `vllm_delta.integration.probe`
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,13 @@ class LocalLayers:
     plan: Plan
 
     def share(self, state: WorkerState[Any]) -> None:
-        """Hand the worker's state to all layers; report the plan."""
+        """Hand the worker's state to all layers; report the plan, unless the worker will."""
         for layer in self.layers:
             layer.impl.state = state
         for index, layer in self.eligible.items():
             layer.impl.layer_index = index
-        if get_tensor_model_parallel_rank() == 0:
-            _log_plan(state.config, self.plan, state.nbytes)
+        if not any(layer.impl.is_reported for layer in self.layers):
+            report_plan(state)
 
 
 def find_state(vllm_config: VllmConfig) -> WorkerState[Any] | None:
@@ -89,8 +94,10 @@ def is_eligible(layer: Attention) -> bool:
 def exchange_layers(vllm_config: VllmConfig) -> None:
     """Let all pipeline ranks know which layers of the others may be sparse: a rank builds its own alone.
 
-    To be called on every rank, when its model is built.
+    To be called by a worker of DELTA's on every rank, when its model is built.
     """
+    for layer in delta_layers(vllm_config):
+        layer.impl.is_reported = True
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         return
     group = get_pp_group()
@@ -145,8 +152,11 @@ def _eligible_in_model(vllm_config: VllmConfig, local: dict[int, Attention]) -> 
     return declared
 
 
-def _log_plan(config: DeltaConfig, plan: Plan, nbytes: int) -> None:
-    """Report what was decided; `nbytes` is the memory that DELTA holds."""
+def report_plan(state: WorkerState[Any]) -> None:
+    """Say in the log what was decided, once for all tensor parallel ranks."""
+    config, plan, nbytes = state.config, state.plan, state.nbytes
+    if get_tensor_model_parallel_rank() != 0:
+        return
     if not plan.roles:
         logger.info("DELTA: this pipeline rank has no layer with full attention, and nothing to save")
         return

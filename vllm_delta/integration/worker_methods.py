@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_delta.integration import probe_at_start
 from vllm_delta.integration.calibration import Calibration
-from vllm_delta.integration.layers import exchange_layers, find_state
+from vllm_delta.integration.layers import exchange_layers, find_state, report_plan
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.counters import Counters
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaWorkerMethods:
@@ -21,6 +25,7 @@ class DeltaWorkerMethods:
     vllm_config: VllmConfig
     model_runner: Any
     use_v2_model_runner: bool
+    device: torch.device
     _calibration: Calibration | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -35,6 +40,23 @@ class DeltaWorkerMethods:
         if state is not None:
             state.prompt_lens = self._prompt_lens
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Probe the model where its plan is a rule of thumb, report the plan, then warm up and capture."""
+        state = find_state(self.vllm_config)
+        if state is not None:
+            if probe_at_start.is_wanted(self.vllm_config, state):
+                self._probe(state)
+            report_plan(state)
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
+
+    def _probe(self, state: WorkerState[Any]) -> None:
+        try:
+            hits = probe_at_start.run(self.vllm_config, self.model_runner.get_model(), self.device)
+        except Exception as error:  # a model's own, whose forward wants more than tokens
+            logger.warning("DELTA: the model cannot be probed: %s", error)
+            return
+        probe_at_start.adopt(self.vllm_config, state, hits)
+
     def delta_counters(self) -> dict[str, Any]:
         """What DELTA did since start-up, see `vllm_delta.method.counters`; zeros where it has no layer."""
         state = find_state(self.vllm_config)
@@ -48,7 +70,7 @@ class DeltaWorkerMethods:
         """
         if self._calibration is None:
             model = self.model_runner.get_model()
-            self._calibration = Calibration(self.vllm_config, model, self._state())
+            self._calibration = Calibration(self.vllm_config, model, self._state(), self.device)
         return self._calibration.call(action, *args, **kwargs)
 
     def _state(self) -> WorkerState[Any]:

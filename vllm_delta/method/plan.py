@@ -7,8 +7,8 @@ indices are the model's own, so that they mean the same in the settings, the log
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
@@ -35,6 +35,11 @@ PRESETS: dict[tuple[str, int, int], tuple[int, ...]] = {
     ("qwen2", 48, 5120): (2, 6, 42),
 }
 
+#: Share of a probe's tokens at which a head of a layer that looks things up hits (`vllm_delta.plain.probe`).
+LOOKS_UP = 0.5
+#: Full and selection layers of a plan that a probe makes: as many as the rule of thumb has.
+PROBED_PASSES = 5
+
 #: Policies under which every layer after the full ones is sparse and chooses for itself.
 SELF_SELECTING = ("quest", "streaming", "oracle")
 
@@ -48,7 +53,7 @@ class Plan:
     """The role of each eligible layer, by the layer's index."""
 
     roles: dict[int, Role]
-    #: how the selection layers were found: "settings", "preset", "rule", or a calibration and its file
+    #: how selection layers were found: "settings", "preset", "probe", "rule", or a calibration and its file
     source: str
     #: what chooses, one of `vllm_delta.method.config.POLICIES`
     policy: str = "delta"
@@ -128,6 +133,50 @@ def make_plan(
     for layer in rest:
         roles[layer] = Role.SELECTION if layer in selection_layers else Role.SPARSE
     return Plan(roles, source, config.policy)
+
+
+def probed_settings(
+    config: DeltaConfig, hits: Mapping[int, float], keeps_full_layers: bool, number: int = PROBED_PASSES
+) -> DeltaConfig | None:
+    """The settings with the layers that a probe found to look things up as selection layers.
+
+    The first and the third eligible layer select, as early layers gather what later ones look up. Of layers
+    that look things up one after another, one selects for all, since they want the same pages: of the first
+    such run its first layer, before which nobody has chosen such pages, of others the one that hits most. A
+    run is cut where it is longer than a sixth of the depth. If that makes fewer full and selection layers
+    than `number`, early layers are added; if it makes more, the first count, since later layers can read the
+    pages of earlier ones.
+
+    Args:
+        config: whose selection layers are "auto".
+        hits: by eligible layer, the best share of its heads; see `vllm_delta.plain.probe`.
+        keeps_full_layers: whether `full_layers` stays as it is, because somebody chose it.
+        number: full and selection layers together.
+
+    Returns:
+        None where no layer behind the first ones looks things up.
+    """
+    eligible = sorted(hits)
+    fixed = eligible[: config.full_layers + 1] if keeps_full_layers else eligible[:3:2]
+    longest = max(1, len(eligible) // 6)
+    runs: list[list[int]] = []
+    continues = False
+    for layer in eligible[eligible.index(fixed[-1]) + 1 :] if fixed else ():
+        looks_up = hits[layer] >= LOOKS_UP
+        if looks_up and continues and len(runs[-1]) < longest:
+            runs[-1].append(layer)
+        elif looks_up:
+            runs.append([layer])
+        continues = looks_up
+    if not runs:
+        return None
+    found = [runs[0][0], *(max(run, key=lambda layer: hits[layer]) for run in runs[1:])]
+    passes = [*fixed, *found[: max(1, number - len(fixed))]]
+    others = [layer for layer in eligible if layer not in passes]
+    passes = sorted(passes + others[: max(0, number - len(passes))])
+    full_layers = config.full_layers if keeps_full_layers else 0
+    selection_layers = tuple(layer for layer in passes if layer not in eligible[:full_layers])
+    return replace(config, full_layers=full_layers, selection_layers=selection_layers)
 
 
 def check_layer_numbers(config: DeltaConfig, num_layers: int) -> None:

@@ -43,6 +43,8 @@ class DeltaCPUImpl(DeltaLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
     ) -> Tensor:
         """Compute the layer's attention into `output`; arguments and shapes as in CPU_ATTN."""
         attend = super().forward
+        if attn_metadata is None and self.probe is not None:
+            return self.probe.attend(self, layer, query, key, value, output)
         if attn_metadata is None or self.state is None:  # profiling run, before the builder exists
             attend(layer, query, key, value, kv_cache, attn_metadata, output)
             return output

@@ -53,6 +53,8 @@ class DeltaCUDAImpl(DeltaLayer, FlashAttentionImpl):  # type: ignore[misc]
     ) -> Tensor:
         """Compute the layer's attention into `output`; arguments and shapes as in FLASH_ATTN."""
         attend = super().forward
+        if attn_metadata is None and self.probe is not None:
+            return self.probe.attend(self, layer, query, key, value, output)
         if attn_metadata is None:
             # The profiling run: what DELTA allocates now is counted before the KV cache is sized.
             set_up(self._vllm_config, query.device)
