@@ -467,6 +467,29 @@ def test_a_signal_leaves_nothing_behind(tiny_model, tmp_path, moment, number):
     assert "interrupted" in log.read_text() or moment == "before an engine"
 
 
+@pytest.mark.parametrize(
+    ("options", "length", "tokens"),
+    [({}, 401, 401), ({"max_model_len": 4096}, 4096, 4096), ({"max_model_len": -1}, -1, 401)],
+    ids=str,
+)
+def test_an_engine_of_a_length_that_is_told_has_a_cache_for_it(monkeypatch, options, length, tokens):
+    """vLLM refuses a cache that does not hold the longest sequence; with -1 it takes what the cache holds."""
+    from vllm_delta.calibration.engine import Engine
+
+    started = {}
+
+    def start(_, **arguments):
+        started.update(arguments)
+        return SimpleNamespace(collective_rpc=lambda *_, **__: [[0, 1]])
+
+    monkeypatch.setattr("vllm.LLM", start)
+    model = SimpleNamespace(
+        name="model", options=options, num_layers=2, max_model_len=8192, cache_bytes=lambda tokens: tokens
+    )
+    Engine(model, DeltaConfig(), 256, 400)
+    assert (started["max_model_len"], started["kv_cache_memory_bytes"]) == (length, tokens)
+
+
 PLANS = [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 4), (0, 3)]
 BUDGET = 96
 SETTINGS = {"budget_tokens": BUDGET, "recent_tokens": 32, "sink_tokens": 16}
