@@ -258,6 +258,10 @@ def test_divergence_of_the_likeliest_tokens(monkeypatch):
     [
         (["--delta", '{"pages": 1}'], "delta.pages is not a setting"),
         (["--delta", '{"policy": "quest"}'], "--delta: policy does not apply to a calibration; layers are"),
+        (
+            ["--delta", '{"calibrate": "auto"}'],
+            "calibrate does not apply to a calibration; it is what a server",
+        ),
         (["--delta", '{"full_layers": 1}'], "full_layers does not apply to a calibration; use --full-layers"),
         (["--budget-tokens", "100"], "delta.budget_tokens must be a multiple of delta.page_size"),
         (["--budget-tokens", str(2**62)], "delta.budget_tokens must be an integer of at least 1 and at most"),

@@ -41,6 +41,7 @@ NOT_SETTINGS = {
     "selection_layers": "use --selection-layers",
     "budget_tokens": "use --budget-tokens",
     "calibration": "use --out",
+    "calibrate": "it is what a server does at its start",
     "policy": "layers are searched for DELTA alone",
     "recall_sample_steps": "it measures what is lost",
 }
