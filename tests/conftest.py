@@ -62,8 +62,8 @@ def engine_config(monkeypatch):
     def build(model, **options):
         from vllm import EngineArgs
 
-        options = {"attention_backend": "DELTA", "dtype": "float32", **options}
-        return EngineArgs(str(model), skip_tokenizer_init=True, **options).create_engine_config()
+        defaults = {"attention_backend": "DELTA", "dtype": "float32", "skip_tokenizer_init": True}
+        return EngineArgs(str(model), **{**defaults, **options}).create_engine_config()
 
     yield build
     os.environ.clear()

@@ -258,6 +258,10 @@ def test_divergence_of_the_likeliest_tokens(monkeypatch):
     [
         (["--delta", '{"pages": 1}'], "delta.pages is not a setting"),
         (["--delta", '{"policy": "quest"}'], "--delta: policy does not apply to a calibration; layers are"),
+        (
+            ["--delta", '{"calibrate": "auto"}'],
+            "calibrate does not apply to a calibration; it is what a server",
+        ),
         (["--delta", '{"full_layers": 1}'], "full_layers does not apply to a calibration; use --full-layers"),
         (["--budget-tokens", "100"], "delta.budget_tokens must be a multiple of delta.page_size"),
         (["--budget-tokens", str(2**62)], "delta.budget_tokens must be an integer of at least 1 and at most"),
@@ -430,12 +434,12 @@ def command_of(process):
     [
         ("before an engine", signal.SIGTERM),
         ("while it starts", signal.SIGINT),
-        ("while it works", signal.SIGTERM),
+        ("while it works", None),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.name,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "name", "nobody waits"),
 )
 def test_a_signal_leaves_nothing_behind(tiny_model, tmp_path, moment, number):
-    """Neither processes nor a file."""
+    """Neither processes nor a file. Where nobody waits, it gives itself the signal."""
     prompts, out, log = (tmp_path / name for name in ("prompts.jsonl", "out.json", "log"))
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in random_prompts(4)))
     command = [sys.executable, "-m", "vllm_delta.cli", "calibrate", str(tiny_model), "--out", str(out)]
@@ -443,10 +447,13 @@ def test_a_signal_leaves_nothing_behind(tiny_model, tmp_path, moment, number):
         f"--prompts {prompts} --budget-tokens {BUDGET} --output-tokens 1500 --scored-tokens 700".split()
     )
     command += ["--delta", '{"recent_tokens": 32, "sink_tokens": 16}', "--engine", json.dumps(ENGINE)]
+    command += ["--end-with-stdin"]
     with log.open("w") as stream:
         # A shell's background job would begin with the signal ignored, and a process group of its own has no
         # terminal to signal all of it.
-        process = subprocess.Popen(command, stderr=stream, env=OFFLINE, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stderr=stream, env=OFFLINE, start_new_session=True
+        )
         this = psutil.Process(process.pid)
         started = []
         deadline = time.monotonic() + 300
@@ -458,13 +465,40 @@ def test_a_signal_leaves_nothing_behind(tiny_model, tmp_path, moment, number):
             if "calibrating" in log.read_text():
                 break
             time.sleep(0.05)
-        process.send_signal(number)
+        if number is None:
+            process.stdin.close()
+            number = signal.SIGTERM
+        else:
+            process.send_signal(number)
         assert process.wait(60) in (128 + number, -number), log.read_text()
     _, left = psutil.wait_procs(started, timeout=10)
     assert not [child for child in left if command_of(child)], "but for who waits to be noticed as ended"
     assert not out.exists()
     assert "Traceback" not in log.read_text()
     assert "interrupted" in log.read_text() or moment == "before an engine"
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "tokens"),
+    [({}, 401, 401), ({"max_model_len": 4096}, 4096, 4096), ({"max_model_len": -1}, -1, 401)],
+    ids=str,
+)
+def test_an_engine_of_a_length_that_is_told_has_a_cache_for_it(monkeypatch, options, length, tokens):
+    """vLLM refuses a cache that does not hold the longest sequence; with -1 it takes what the cache holds."""
+    from vllm_delta.calibration.engine import Engine
+
+    started = {}
+
+    def start(_, **arguments):
+        started.update(arguments)
+        return SimpleNamespace(collective_rpc=lambda *_, **__: [[0, 1]])
+
+    monkeypatch.setattr("vllm.LLM", start)
+    model = SimpleNamespace(
+        name="model", options=options, num_layers=2, max_model_len=8192, cache_bytes=lambda tokens: tokens
+    )
+    Engine(model, DeltaConfig(), 256, 400)
+    assert (started["max_model_len"], started["kv_cache_memory_bytes"]) == (length, tokens)
 
 
 PLANS = [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 4), (0, 3)]

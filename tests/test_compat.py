@@ -87,18 +87,31 @@ ATTRIBUTES: dict[str, str] = {
     "vllm.model_executor.layers.attention.attention.set_default_quant_scales": "_q_scale _k_scale _v_scale",
     "vllm.config.parallel.ParallelConfig": (
         "pipeline_parallel_size prefill_context_parallel_size decode_context_parallel_size use_ubatching "
-        "enable_dbo ubatch_size worker_cls"
+        "enable_dbo ubatch_size worker_cls tensor_parallel_size nnodes distributed_executor_backend "
+        "placement_group assigned_physical_gpu_ids enable_expert_parallel disable_custom_all_reduce"
     ),
     "vllm.config.scheduler.SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config.compilation.CompilationConfig": "static_forward_context max_cudagraph_capture_size",
     "vllm.config.cache.CacheConfig": (
         "block_size user_specified_block_size cache_dtype kv_cache_memory_bytes gpu_memory_utilization "
-        "kv_sharing_fast_prefill"
+        "kv_sharing_fast_prefill kv_cache_dtype_skip_layers"
+    ),
+    "vllm.config.load.LoadConfig": (
+        "load_format download_dir ignore_patterns safetensors_load_strategy model_loader_extra_config"
+    ),
+    "vllm.config.offload.OffloadConfig": "uva prefetch",
+    "vllm.config.offload.UVAOffloadConfig": "cpu_offload_gb",
+    "vllm.config.offload.PrefetchOffloadConfig": (
+        "offload_group_size offload_num_in_group offload_prefetch_step"
     ),
     "vllm.config.attention.AttentionConfig": "backend backend_per_kind use_non_causal",
     "vllm.config.model.ModelConfig": (
         "model dtype max_model_len hf_text_config architectures use_mla is_encoder_decoder runner_type "
-        "is_hybrid has_noops is_attention_free is_mm_prefix_lm rswa_window"
+        "is_hybrid has_noops is_attention_free is_mm_prefix_lm rswa_window original_max_model_len hf_config "
+        "hf_config_path hf_overrides hf_token model_weights model_impl model_class_overrides config_format "
+        "tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init revision code_revision "
+        "trust_remote_code quantization quantization_config allow_deprecated_quantization "
+        "disable_sliding_window multimodal_config"
     ),
     "vllm.v1.worker.gpu_worker.Worker": "vllm_config model_runner use_v2_model_runner",
     # where the model runners keep the lengths of prompts

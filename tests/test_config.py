@@ -18,6 +18,7 @@ def test_defaults_are_the_documented_ones():
         sink_tokens=16,
         page_size=16,
         policy="delta",
+        calibrate="never",
         recall_sample_steps=0,
     )
 
@@ -37,10 +38,12 @@ def test_all_keys_are_taken():
             "sink_tokens": 0,
             "page_size": 32,
             "policy": "quest",
+            "calibrate": "auto",
             "recall_sample_steps": 100,
         }
     )
-    assert config == DeltaConfig(1, (1, 5), 256, 64, 0, 32, policy="quest", recall_sample_steps=100)
+    others = {"policy": "quest", "calibrate": "auto", "recall_sample_steps": 100}
+    assert config == DeltaConfig(1, (1, 5), 256, 64, 0, 32, **others)
     assert (config.budget_pages, config.recent_pages, config.sink_pages) == (8, 2, 0)
 
 
@@ -59,6 +62,8 @@ def test_all_keys_are_taken():
         ({"policy": "h2o"}, r"delta\.policy must be one of delta, quest, .*oracle, not 'h2o'"),
         ({"policy": ["quest"]}, r"delta\.policy must be one of delta, quest, "),
         ({"policy": None}, r"delta\.policy must be one of delta, quest, "),
+        ({"calibrate": "always"}, r"delta\.calibrate must be one of never, auto, not 'always'"),
+        ({"calibrate": True}, r"delta\.calibrate must be one of never, auto, not True"),
         ({"recall_sample_steps": -1}, r"delta\.recall_sample_steps must be an integer of at least 0"),
         ({"recall_sample_steps": 0.5}, r"delta\.recall_sample_steps must be an integer of at least 0"),
         ({"budget_tokens": 1000}, r"delta\.budget_tokens must be a multiple of delta\.page_size"),

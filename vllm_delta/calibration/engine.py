@@ -141,7 +141,8 @@ class Engine:
             model: whose layers are asked about.
             config: the settings to calibrate for.
             largest_budget: that will be asked for, in tokens.
-            max_tokens: of the longest sequence; less where the model cannot take as many.
+            max_tokens: of the longest sequence; less where the model cannot take as many, more where the
+                model's options say so.
             rows: tokens that are computed at a time.
             sequences: that are answered at a time.
 
@@ -157,16 +158,18 @@ class Engine:
             "recent_tokens": config.recent_tokens,
             "sink_tokens": config.sink_tokens,
         }
-        max_model_len = min(max_tokens + 1, model.max_model_len)
+        longest = min(max_tokens + 1, model.max_model_len)
+        # What some models compute depends on it; -1 lets vLLM fit it to the cache.
+        told = max(0, model.options.get("max_model_len") or 0)
         arguments: Json = {
             "attention_backend": "DELTA",
             "additional_config": {"delta": settings},
             "enforce_eager": True,
             "enable_prefix_caching": False,
-            "max_model_len": max_model_len,
+            "max_model_len": longest,
             "max_num_seqs": sequences,
             "max_num_batched_tokens": rows,
-            "kv_cache_memory_bytes": model.cache_bytes(sequences * max_model_len),
+            "kv_cache_memory_bytes": model.cache_bytes(max(sequences * longest, told)),
             "disable_log_stats": True,
             **model.options,
         }

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,6 +41,7 @@ NOT_SETTINGS = {
     "selection_layers": "use --selection-layers",
     "budget_tokens": "use --budget-tokens",
     "calibration": "use --out",
+    "calibrate": "it is what a server does at its start",
     "policy": "layers are searched for DELTA alone",
     "recall_sample_steps": "it measures what is lost",
 }
@@ -72,6 +74,7 @@ def add_parser(commands: Any) -> None:
     add("--engine", type=json_object, default={}, metavar="JSON", help="arguments of vllm.LLM")
     add("--out", type=Path, help=f"file to write ({CALIBRATION_FILE} in the model's folder, or else here)")
     add("--picture", type=Path, metavar="FILE", help=".svg or .png; takes matplotlib (none)")
+    add("--end-with-stdin", action="store_true", help="when standard input is closed: nobody waits for it")
     parser.set_defaults(complete=lambda arguments: _complete(parser, arguments), run=run)
 
 
@@ -128,11 +131,14 @@ def run(arguments: argparse.Namespace) -> int:
         end_processes()
         for path in filter(None, (arguments.out, arguments.picture)):
             unfinished(path).unlink(missing_ok=True)
-        print("\nvllm-delta calibrate: interrupted", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, RuntimeError):  # nobody reads it, or this came amid a print
+            print("\nvllm-delta calibrate: interrupted", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    if arguments.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         return _calibrate(arguments)
     except CalibrationError as error:
@@ -140,6 +146,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     finally:
         end_processes()
+
+
+def _end_with_stdin() -> None:
+    """Signal this process when standard input is closed: whoever held its other end is gone."""
+    while os.read(0, 1 << 10):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_processes(engine: Engine | None = None) -> None:

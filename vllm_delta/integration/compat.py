@@ -11,6 +11,8 @@ Everywhere
   and replace.
 - new options that change what attention means, or when layers run: `validation.py` refuses those that DELTA
   does not support; ``tests/test_options.py`` fails for one that nobody has looked at.
+- ``engine/arg_utils.py``: new arguments that change what a model computes, or that it needs to start:
+  `auto_calibration.py` hands such arguments to a calibration's engine.
 
 On the CPU
 - ``v1/attention/backends/cpu_attn.py``: a new name in `_get_attn_isa` means a cache layout that the kernels

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_delta.integration.probe import Probe
-from vllm_delta.integration.validation import declared_layers
+from vllm_delta.integration.validation import declared_layers, known_as
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 from vllm_delta.method.plan import Plan, Role, make_plan
@@ -132,9 +132,7 @@ def _make_local_plan(config: DeltaConfig, vllm_config: VllmConfig, local: dict[i
             "that have some"
         )
     num_layers = model.get_total_num_hidden_layers()
-    text_config = model.hf_text_config
-    known = (text_config.model_type, num_layers, getattr(text_config, "hidden_size", 0))
-    return make_plan(config, eligible, num_layers, known).for_rank(list(local))
+    return make_plan(config, eligible, num_layers, known_as(model)).for_rank(list(local))
 
 
 def _eligible_in_model(vllm_config: VllmConfig, local: dict[int, Attention]) -> list[int]:
@@ -179,5 +177,6 @@ def report_plan(state: WorkerState[Any]) -> None:
     if plan.policy == "delta" and plan.source == "rule" and plan.layers(Role.SPARSE):
         logger.warning(
             "DELTA: nobody has calibrated this model. Its selection layers are a rule of thumb, with which "
-            "some lose what they look up beyond the budget; `vllm-delta calibrate MODEL` finds better ones"
+            "some lose what they look up beyond the budget; `vllm-delta calibrate MODEL`, or the setting "
+            '"calibrate": "auto", finds better ones'
         )

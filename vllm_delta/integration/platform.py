@@ -14,11 +14,12 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.version import __version__ as vllm_version
 
+from vllm_delta.integration.auto_calibration import calibrate_at_start
 from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.names import BACKEND_NAME, CPU_BACKEND_PATH, WORKERS
 from vllm_delta.integration.settings import prepare, selects_delta, settings_of
-from vllm_delta.integration.validation import check_config, check_cpu_cache
-from vllm_delta.kernels.limits import CPU, GPU
+from vllm_delta.integration.validation import check_config
+from vllm_delta.kernels.limits import CPU, GPU, Limits
 from vllm_delta.method.config import DeltaConfig
 
 logger = init_logger(f"vllm.{__name__}")
@@ -36,8 +37,7 @@ class DeltaCudaPlatformMixin(DeltaPlatformMixin):
         """Refuse what DELTA does not support before any process starts; choose DELTA's worker."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if _is_ours(vllm_config):
-            config = _prepare(vllm_config)
-            check_config(config, vllm_config, GPU)  # the block size is chosen later, and checked then
+            _prepare(vllm_config, GPU)  # the block size is chosen later, and checked then
 
 
 class DeltaCpuPlatformMixin(DeltaPlatformMixin):
@@ -48,10 +48,7 @@ class DeltaCpuPlatformMixin(DeltaPlatformMixin):
         """As on a GPU; choose the block size, and check also what vLLM's CPU platform does not."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if _is_ours(vllm_config):
-            config = _prepare(vllm_config)
-            choose_block_size(config, vllm_config)
-            check_config(config, vllm_config, CPU)
-            check_cpu_cache(vllm_config)
+            choose_block_size(_prepare(vllm_config, CPU), vllm_config)
 
     @classmethod
     def get_attn_backend_cls(
@@ -78,12 +75,14 @@ def _is_ours(vllm_config: Any) -> bool:
     return selects_delta(vllm_config) and (model is None or model.runner_type != "draft")
 
 
-def _prepare(vllm_config: Any) -> DeltaConfig:
-    """The settings, a calibration's included; DELTA's worker in place of vLLM's."""
+def _prepare(vllm_config: Any, limits: Limits) -> DeltaConfig:
+    """The settings, a calibration's included, and checked; DELTA's worker in place of vLLM's."""
     warning = unsupported_version(vllm_version)
     if warning is not None:
         logger.warning_once(warning)
     config = prepare(vllm_config)
+    check_config(config, vllm_config, limits)
+    config = calibrate_at_start(config, vllm_config)
     parallel = vllm_config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     return config

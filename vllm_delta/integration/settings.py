@@ -1,6 +1,6 @@
 """DELTA's settings of one engine: who reads them out of vLLM's configuration, and what is put into it.
 
-`prepare` runs in the platform's check, once for an engine. It writes what a calibration says into
+`prepare` runs in the platform's check. `adopt_calibration` writes what a calibration says into
 ``additional_config``, with which it travels to every process; from then on `settings_of` is what reads it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
@@ -15,6 +16,7 @@ from vllm.logger import init_logger
 from vllm_delta.calibration.file import shape_of, with_calibrated_layers
 from vllm_delta.integration.names import BACKEND_NAME
 from vllm_delta.method.config import DeltaConfig
+from vllm_delta.method.plan import check_layer_numbers
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,14 +46,27 @@ def prepare(vllm_config: Any) -> DeltaConfig:
     additional = vllm_config.additional_config
     if isinstance(additional, Mapping):
         _warn_of_misplaced(additional)
-        model = vllm_config.model_config
-        if model is not None:
-            num_layers = model.get_total_num_hidden_layers()
-            shape = shape_of(model.hf_text_config)
-            settings = with_calibrated_layers(additional.get("delta", {}), model.model, num_layers, shape)
-            if settings:
-                vllm_config.additional_config = {**additional, "delta": settings}
+        adopt_calibration(vllm_config)
     return settings_of(vllm_config)
+
+
+def adopt_calibration(vllm_config: Any, path: Path | None = None) -> None:
+    """Write a calibration's layers into the settings: of this file, or of one that the settings lead to.
+
+    Raises:
+        DeltaConfigError: a wrong setting, or a wrong calibration; then nothing is written.
+    """
+    additional, model = vllm_config.additional_config, vllm_config.model_config
+    if model is None:
+        return
+    settings = additional.get("delta", {})
+    if path is not None:
+        settings = {**settings, "calibration": str(path)}
+    num_layers, shape = model.get_total_num_hidden_layers(), shape_of(model.hf_text_config)
+    settings = with_calibrated_layers(settings, model.model, num_layers, shape)
+    check_layer_numbers(DeltaConfig.from_additional_config({"delta": settings}), num_layers)
+    if settings:
+        vllm_config.additional_config = {**additional, "delta": settings}
 
 
 def _warn_of_misplaced(additional: Mapping[str, Any]) -> None:

@@ -37,15 +37,12 @@ def check_config(config: DeltaConfig, vllm_config: Any, limits: Limits) -> None:
             f"not {config.page_size}"
         )
     _check_options(vllm_config)
-    if vllm_config.model_config is not None:
+    model = vllm_config.model_config
+    if model is not None:
         _check_model(vllm_config, config)
-
-
-def check_cpu_cache(vllm_config: Any) -> None:
-    """Raise `DeltaConfigError` for a type of KV cache that the CPU's kernels do not read."""
-    if vllm_config.model_config is not None:
-        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        _check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
+        if limits is CPU:
+            dtype = str(model.dtype).removeprefix("torch.")
+            _check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
 
 
 def check_block_size(config: DeltaConfig, block_size: int) -> None:
@@ -165,6 +162,13 @@ def _check_model(vllm_config: Any, config: DeltaConfig) -> None:
     check_layer_numbers(config, num_layers)
     if declared := declared_layers(model):
         make_plan(config, declared, num_layers)
+
+
+def known_as(model: Any) -> tuple[str, int, int]:
+    """What presets know a model by, of its configuration: model type, number of layers and hidden size."""
+    text_config = model.hf_text_config
+    num_layers = model.get_total_num_hidden_layers()
+    return text_config.model_type, num_layers, getattr(text_config, "hidden_size", 0)
 
 
 def declared_layers(model: Any) -> list[int] | None:

@@ -15,6 +15,9 @@ from vllm_delta.method.rows import SelectionRule
 #: What chooses the tokens of sparse layers: DELTA, or one of `vllm_delta.plain.rivals`, to compare with.
 POLICIES = ("delta", "quest", "lessismore", "streaming", "tidal", "oracle")
 
+#: Whether a server calibrates before it starts, where nothing else says which layers select.
+CALIBRATE = ("never", "auto")
+
 #: Tokens or steps that a setting may name, at most: no model has as many, and they fit an int32.
 MOST = 2**30
 
@@ -47,6 +50,8 @@ class DeltaConfig:
     policy: str = "delta"
     #: file or folder of a calibration, read where `selection_layers` is "auto"; None: the model's folder
     calibration: str | None = None
+    #: one of `CALIBRATE`
+    calibrate: str = "never"
     #: measure the recall of sparse layers in every so many steps; 0 for never
     recall_sample_steps: int = 0
 
@@ -66,6 +71,10 @@ class DeltaConfig:
                 )
         if self.policy not in POLICIES:
             raise DeltaConfigError(f"delta.policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+        if self.calibrate not in CALIBRATE:
+            raise DeltaConfigError(
+                f"delta.calibrate must be one of {', '.join(CALIBRATE)}, not {self.calibrate!r}"
+            )
         if self.calibration is not None and not isinstance(self.calibration, str):
             raise DeltaConfigError(f"delta.calibration must be a path, not {self.calibration!r}")
         self._check_selection_layers()

@@ -201,6 +201,18 @@ def check_layer_numbers(config: DeltaConfig, num_layers: int) -> None:
             )
 
 
+def preset_of(model: tuple[str, int, int] | None, depth: int) -> tuple[int, ...] | None:
+    """The paper's selection layers of a model; None for another model.
+
+    Args:
+        model: model type, number of layers and hidden size; None where they are not known.
+        depth: number of eligible layers, which have to be all.
+    """
+    if model is None or depth != model[1]:
+        return None
+    return PRESETS.get(model)
+
+
 def _automatic_selection(
     config: DeltaConfig, eligible: Sequence[int], model: tuple[str, int, int] | None
 ) -> tuple[tuple[int, ...], str]:
@@ -216,8 +228,8 @@ def _automatic_selection(
     if first >= depth:
         return (), "rule"
     two = config.policy in _TWO_SELECTION_LAYERS
-    preset = None if model is None or two else PRESETS.get(model)
-    if preset is not None and depth == model[1]:  # type: ignore[index]
+    preset = None if two else preset_of(model, depth)
+    if preset is not None:
         return (first, *(layer for layer in preset[1:] if layer > first)), "preset"
     chosen = [first]
     for candidate in (depth // 2,) if two else (depth // 2, round(depth * 4 / 5)):
