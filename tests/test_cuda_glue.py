@@ -20,14 +20,17 @@ from vllm_delta.integration.cuda.builder import DeltaCUDAMetadataBuilder
 from vllm_delta.integration.cuda.layer import DeltaCUDAImpl, decode
 from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, LayerGroup
 from vllm_delta.integration.cuda.state import LOGITS_SHARE, CUDAState, _logit_tokens
+from vllm_delta.integration.probe import Probe
 from vllm_delta.integration.worker_methods import DeltaWorkerMethods
 from vllm_delta.kernels.gpu import attention, combine, scores, select
 from vllm_delta.kernels.gpu.schedule import Schedule
 from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES, launch_rows
+from vllm_delta.method.attention import AttentionParameters
 from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.counters import Counters
 from vllm_delta.method.plan import SELF_SELECTING, Plan, Role
 from vllm_delta.method.rows import ALL_PAGES
+from vllm_delta.plain.probe import PERIOD, causal_attention
 from vllm_delta.plain.rivals import COMPARISONS, make_policy
 from vllm_delta.plain.rows import Layer, row_indices
 
@@ -339,6 +342,29 @@ def test_prompts_of_either_runner_end_where_vllm_says():
     worker.model_runner = SimpleNamespace(req_states=of_requests)
     assert worker._prompt_lens(common).tolist() == [9, 5]
     assert worker._prompt_lens(SimpleNamespace(num_reqs=2, req_idx=None)) is None
+
+
+@pytest.mark.parametrize(("sliding_window", "window"), [((-1, -1), None), ((69, 0), 70)])
+def test_a_probe_attends_without_a_step(sliding_window, window):
+    """In a layer of its own keys, and in one that shares them."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2 * PERIOD, heads * 32, generator=generator) for heads in (4, 2, 2))
+    probe = Probe()
+    impls = [object.__new__(DeltaCUDAImpl) for _ in range(2)]
+    outputs = [torch.full_like(query, torch.nan) for _ in impls]
+    for number, (impl, output) in enumerate(zip(impls, outputs, strict=True)):
+        impl.probe, impl.layer_index, impl.head_size = probe, 3 + number, 32
+        impl.scale, impl.logits_soft_cap, impl.sinks = 0.2, None, None
+        impl.sliding_window, impl.kv_sharing_target_layer_name = sliding_window, "layer 0" if number else None
+        layer = SimpleNamespace(layer_name=f"layer {number}")
+        own = (key, value) if number == 0 else (None, None)
+        DeltaCUDAImpl.forward(impl, layer, query, *own, None, None, output)
+    heads = [part.view(2 * PERIOD, -1, 32) for part in (query, key, value)]
+    expected, hits = causal_attention(*heads, AttentionParameters(0.2), window)
+    for output in outputs:
+        torch.testing.assert_close(output, expected.flatten(1))
+    assert probe.hits.keys() == {3, 4}
+    assert torch.equal(probe.hits[3], hits)
 
 
 @pytest.mark.parametrize(

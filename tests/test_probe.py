@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import in_engine_process
+from conftest import in_engine_process, in_fresh_process
 from engines import start_engine
 from induction_model import LAYERS, RETRIEVES, build_induction_model
 from torch.nn.functional import scaled_dot_product_attention
@@ -173,3 +173,19 @@ def broken(model, delta):
 def test_a_model_that_cannot_be_probed_keeps_the_rule(induction_model):
     (found, _), *_ = in_engine_process(broken, induction_model, SMALL)
     assert found == "rule"
+
+
+def two_ranks(model):
+    options = {"skip_tokenizer_init": True, "max_model_len": 1024, "tensor_parallel_size": 2}
+    with start_engine(model, "DELTA", SMALL, **options) as engine:
+        (answer,) = engine.generate([list(range(20, 60)) * 2], 12)
+        return answer.tokens, engine.counters()["layers"]
+
+
+def test_ranks_agree_on_what_either_of_them_finds(induction_model):
+    """One of the two has the head that looks things up."""
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
+    answer, layers = in_fresh_process(two_ranks, induction_model, **environment)
+    assert answer == list(range(20, 32))
+    assert layers["full"]["rows"] == 0, "as in a probe's plan, not in the rule's"
+    assert layers["selection"]["rows"] / layers["sparse"]["rows"] == PROBED_PASSES / (LAYERS - PROBED_PASSES)
