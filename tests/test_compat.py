@@ -49,6 +49,12 @@ SIGNATURES: dict[str, str] = {
     "vllm.v1.attention.backends.registry.register_backend": "backend class_path is_mamba",
     "vllm.platforms.cpu_platform_plugin": "",
     "vllm.config.get_layers_from_vllm_config": "vllm_config layer_type layer_names",
+    "vllm.forward_context.set_forward_context": (
+        "attn_metadata vllm_config num_tokens num_tokens_across_dp cudagraph_runtime_mode batch_descriptor "
+        "ubatch_slices slot_mapping skip_compiled is_padding"
+    ),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.get_model": "self",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_model": "self",
     "vllm.model_executor.models.utils.extract_layer_index": "layer_name num_attn_module",
     "vllm.v1.kv_cache_interface.is_quantized_kv_cache": "kv_cache_dtype",
     "vllm.utils.import_utils.resolve_obj_by_qualname": "qualname",
@@ -75,7 +81,7 @@ ATTRIBUTES: dict[str, str] = {
     f"{CPU_ATTN}.CPUAttentionMetadataBuilder": "isa block_size",
     f"{CPU_ATTN}.CPUAttentionBackendImpl": (
         "num_heads num_kv_heads head_size scale sinks sliding_window logits_soft_cap attn_type alibi_slopes "
-        "kv_cache_dtype"
+        "kv_cache_dtype kv_sharing_target_layer_name"
     ),
     f"{FLASH_ATTN}.FlashAttentionMetadata": "slot_mapping block_table",
     f"{FLASH_ATTN}.FlashAttentionMetadataBuilder": "device block_size",
@@ -111,9 +117,9 @@ ATTRIBUTES: dict[str, str] = {
         "hf_config_path hf_overrides hf_token model_weights model_impl model_class_overrides config_format "
         "tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init revision code_revision "
         "trust_remote_code quantization quantization_config allow_deprecated_quantization "
-        "disable_sliding_window multimodal_config"
+        "disable_sliding_window multimodal_config uses_mrope"
     ),
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_config model_runner use_v2_model_runner",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_config model_runner use_v2_model_runner device",
     # where the model runners keep the lengths of prompts
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "input_batch",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "num_prompt_tokens_cpu_tensor",

@@ -11,6 +11,8 @@ Everywhere
   and replace.
 - new options that change what attention means, or when layers run: `validation.py` refuses those that DELTA
   does not support; ``tests/test_options.py`` fails for one that nobody has looked at.
+- ``forward_context.py``: that a model can run without metadata, uncompiled, before graphs are captured, and
+  that its layers then call `forward` with their queries, keys and values (`probe_at_start.py`).
 - ``engine/arg_utils.py``: new arguments that change what a model computes, or that it needs to start:
   `auto_calibration.py` hands such arguments to a calibration's engine.
 
