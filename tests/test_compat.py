@@ -94,7 +94,8 @@ ATTRIBUTES: dict[str, str] = {
     "vllm.config.parallel.ParallelConfig": (
         "pipeline_parallel_size prefill_context_parallel_size decode_context_parallel_size use_ubatching "
         "enable_dbo ubatch_size worker_cls tensor_parallel_size nnodes distributed_executor_backend "
-        "placement_group assigned_physical_gpu_ids enable_expert_parallel disable_custom_all_reduce"
+        "placement_group assigned_physical_gpu_ids enable_expert_parallel disable_custom_all_reduce "
+        "enable_elastic_ep"
     ),
     "vllm.config.scheduler.SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config.compilation.CompilationConfig": "static_forward_context max_cudagraph_capture_size",
@@ -117,7 +118,8 @@ ATTRIBUTES: dict[str, str] = {
         "hf_config_path hf_overrides hf_token model_weights model_impl model_class_overrides config_format "
         "tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init revision code_revision "
         "trust_remote_code quantization quantization_config allow_deprecated_quantization "
-        "disable_sliding_window multimodal_config uses_mrope"
+        "disable_sliding_window multimodal_config uses_mrope "
+        "mrope_num_dims is_multimodal_model"
     ),
     "vllm.v1.worker.gpu_worker.Worker": "vllm_config model_runner use_v2_model_runner device",
     # where the model runners keep the lengths of prompts

@@ -349,7 +349,7 @@ def test_a_probe_attends_without_a_step(sliding_window, window):
     """In a layer of its own keys, and in one that shares them."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2 * PERIOD, heads * 32, generator=generator) for heads in (4, 2, 2))
-    probe = Probe()
+    probe = Probe({"layer 0"})
     impls = [object.__new__(DeltaCUDAImpl) for _ in range(2)]
     outputs = [torch.full_like(query, torch.nan) for _ in impls]
     for number, (impl, output) in enumerate(zip(impls, outputs, strict=True)):
@@ -364,6 +364,7 @@ def test_a_probe_attends_without_a_step(sliding_window, window):
     for output in outputs:
         torch.testing.assert_close(output, expected.flatten(1))
     assert probe.hits.keys() == {3, 4}
+    assert probe.shared.keys() == {"layer 0"}
     assert torch.equal(probe.hits[3], hits)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from conftest import in_engine_process, in_fresh_process
@@ -11,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_delta.method.attention import AttentionParameters
 from vllm_delta.method.config import DeltaConfig
-from vllm_delta.method.plan import LOOKS_UP, PROBED_PASSES, Role, make_plan, probed_settings
+from vllm_delta.method.plan import LOOKS_UP, Role, make_plan, probed_settings
 from vllm_delta.plain.probe import PERIOD, RECENT, SEQUENCES, SINKS, causal_attention, probe_tokens
 
 COUNT = 2 * PERIOD
@@ -68,15 +70,23 @@ def test_hits():
     assert RECENT < PERIOD
 
 
-def passes_of(hits, full_layers=None, depth=None):
+def rule_of(config, depth):
+    plan = make_plan(config, range(depth), depth)
+    return len(plan.layers(Role.FULL)) + len(plan.layers(Role.SELECTION))
+
+
+def passes_of(hits, full_layers=None, depth=12):
     """The passes that a probe leads to; `hits` are those of layers that have some."""
-    shares = {layer: hits.get(layer, 0.1) for layer in range(depth or 12)}
+    shares = {layer: hits.get(layer, 0.1) for layer in range(depth)}
     given = {} if full_layers is None else {"full_layers": full_layers}
-    config = probed_settings(DeltaConfig(**given), shares, keeps_full_layers=bool(given))
+    number = rule_of(DeltaConfig(**given), depth)
+    config = probed_settings(DeltaConfig(**given), shares, number, keeps_full_layers=bool(given))
     if config is None:
         return None
     plan = make_plan(config, sorted(shares), len(shares))
-    return tuple(plan.layers(Role.FULL) + plan.layers(Role.SELECTION))
+    passes = tuple(plan.layers(Role.FULL) + plan.layers(Role.SELECTION))
+    assert len(passes) == number, "as many as the rule of thumb has"
+    return passes
 
 
 @pytest.mark.parametrize(
@@ -86,14 +96,15 @@ def passes_of(hits, full_layers=None, depth=None):
         pytest.param({0: 0.9, 2: 0.9}, {}, None, id="nothing behind the first ones does"),
         pytest.param({4: 0.9, 10: 0.7}, {}, (0, 1, 2, 4, 10), id="early layers fill up"),
         pytest.param({4: 0.7, 5: 0.9, 9: LOOKS_UP, 10: 0.9}, {}, (0, 1, 2, 4, 10), id="runs"),
+        pytest.param({4: 0.7, 8: 0.903, 9: 0.904}, {}, (0, 1, 2, 4, 8), id="what is nearly equal is equal"),
         pytest.param({4: 0.9, 10: LOOKS_UP - 0.01}, {}, (0, 1, 2, 3, 4), id="too few hits"),
         pytest.param({3: 1, 5: 1, 7: 1, 9: 1}, {}, (0, 2, 3, 5, 7), id="the first runs count"),
         pytest.param({5: 1, 6: 1, 7: 1, 8: 1}, {}, (0, 1, 2, 5, 7), id="a long run is cut"),
         pytest.param({4: 1, 6: 1, 8: 1}, {"full_layers": 2}, (0, 1, 2, 4, 6), id="full layers were chosen"),
-        pytest.param({4: 1, 6: 1}, {"full_layers": 0}, (0, 1, 2, 4, 6), id="none were chosen"),
+        pytest.param({4: 1, 6: 1}, {"full_layers": 0}, (0, 4, 6), id="none were chosen"),
         pytest.param({8: 1}, {"full_layers": 6}, (0, 1, 2, 3, 4, 5, 6, 8), id="many were chosen"),
-        pytest.param({8: 1}, {"full_layers": 20}, None, id="all are full"),
-        pytest.param({3: 1}, {"depth": 4}, (0, 1, 2, 3), id="few layers"),
+        pytest.param({8: 1}, {"full_layers": 12}, None, id="all are full"),
+        pytest.param({3: 1}, {"depth": 4}, (0, 2, 3), id="few layers"),
         pytest.param(
             {2: 0.55, 7: 0.7, 8: 0.91, 14: 0.89, 15: 0.91, 17: 0.93, 18: 0.94, 20: 0.76, 23: 0.74, 24: 0.59},
             {"depth": 30},
@@ -103,10 +114,24 @@ def passes_of(hits, full_layers=None, depth=None):
     ],
 )
 def test_plans(hits, options, passes):
-    found = passes_of(hits, **options)
-    assert found == passes
-    if not options and passes:
-        assert len(passes) == PROBED_PASSES
+    assert passes_of(hits, **options) == passes
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_any_hits_make_a_plan(seed):
+    draw = random.Random(seed)
+    eligible = sorted(draw.sample(range(80), draw.randrange(1, 60)))
+    hits = {layer: draw.random() ** draw.choice([0.3, 1, 3]) for layer in eligible}
+    full_layers, number = draw.randrange(0, 12), draw.randrange(1, 9)
+    keeps = draw.random() < 0.5
+    config = probed_settings(DeltaConfig(full_layers=full_layers), hits, number, keeps_full_layers=keeps)
+    if config is None:
+        return
+    plan = make_plan(config, eligible, 80)
+    passes = plan.layers(Role.FULL) + plan.layers(Role.SELECTION)
+    assert passes[0] == eligible[0]
+    assert len(passes) <= max(number, 3, full_layers + 2 if keeps else 0)
+    assert max(hits[layer] for layer in passes) >= LOOKS_UP - 0.005
 
 
 def plan_of(worker):
@@ -138,6 +163,7 @@ def induction_model(tmp_path_factory):
         pytest.param(SMALL, {}, "probe", True, id="by default"),
         pytest.param(SMALL | {"full_layers": 1}, {}, "probe", True, id="full layers chosen"),
         pytest.param(SMALL, {"max_model_len": 500}, "rule", False, id="too short for a probe"),
+        pytest.param(SMALL, {"max_num_batched_tokens": 256}, "rule", False, id="steps too short for one"),
         pytest.param(SMALL | {"selection_layers": [2, 4]}, {}, "settings", False, id="layers chosen"),
         pytest.param(SMALL | {"policy": "quest"}, {}, "rule", False, id="another policy"),
     ],
@@ -146,7 +172,7 @@ def test_a_start_finds_the_layer_that_looks_things_up(induction_model, delta, op
     (found, layers), counted, answer = in_engine_process(
         started, induction_model, delta, {"max_model_len": 1024} | options
     )
-    assert found == source
+    assert found == source, layers
     assert (RETRIEVES in layers["selection"]) == selects
     assert sum(map(len, layers.values())) == LAYERS
     assert counted == 0, "what a probe computes is no step"
@@ -166,7 +192,7 @@ def broken(model, delta):
 
     from vllm_delta.integration import probe_at_start
 
-    with patch.object(probe_at_start, "run", side_effect=TypeError("missing pixels")):
+    with patch.object(probe_at_start, "_run", side_effect=TypeError("missing pixels")):
         return started(model, delta, {"max_model_len": 1024})
 
 
@@ -188,4 +214,4 @@ def test_ranks_agree_on_what_either_of_them_finds(induction_model):
     answer, layers = in_fresh_process(two_ranks, induction_model, **environment)
     assert answer == list(range(20, 32))
     assert layers["full"]["rows"] == 0, "as in a probe's plan, not in the rule's"
-    assert layers["selection"]["rows"] / layers["sparse"]["rows"] == PROBED_PASSES / (LAYERS - PROBED_PASSES)
+    assert layers["selection"]["rows"] / layers["sparse"]["rows"] == 5 / (LAYERS - 5)

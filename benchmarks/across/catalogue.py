@@ -43,6 +43,7 @@ PICTURES = {
     "generate_cuda.svg": ("benchmarks.speed.plot_generate", ["generate_cuda.csv"]),
     "serve_cuda.svg": ("benchmarks.speed.plot_serve", ["serve_cuda.csv"]),
     "accuracy_rivals.svg": ("benchmarks.accuracy.plot_accuracy", ["accuracy_rivals_cuda.csv"]),
+    "real_text_cpu.svg": ("benchmarks.accuracy.plot_real_text", ["real_text_cpu.csv"]),
     "training_reasoner.svg": (
         "benchmarks.accuracy.plot_training",
         ["train_reasoner_4k.csv", "train_reasoner_16k.csv"],

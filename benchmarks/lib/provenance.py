@@ -18,7 +18,7 @@ from benchmarks.lib.base import Json
 
 def describe_environment(script: str) -> Json:
     """Date, commit, versions and command of this run; `script` is a file, or "-m" and a module."""
-    words = (re.sub("(^|=)/.*/", r"\1", word) for word in sys.argv[1:])  # whose machine is private
+    words = (re.sub("(^|[=,])/[^,]*/", r"\1", word) for word in sys.argv[1:])  # whose machine is private
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": git_commit(),

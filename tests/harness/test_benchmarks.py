@@ -23,6 +23,7 @@ from benchmarks.kernels import kernels
 from benchmarks.kernels.timing import Timing
 from benchmarks.lib.csv_rows import append_csv, read_csv
 from benchmarks.lib.processes import checkout_first
+from benchmarks.lib.provenance import describe_environment
 from benchmarks.lib.rows import Comparison, Generation, KernelTime, Measurement
 from benchmarks.speed import profile_steps
 
@@ -115,6 +116,21 @@ def test_every_kind_of_result_has_a_script_that_exists():
         assert (ROOT / f"{where}.py").is_file() or (ROOT / "tools" / f"{where}.py").is_file(), source
     with pytest.raises(LookupError, match=r"no script here makes profile\.csv"):
         source_of("profile.csv")
+
+
+def test_commands_do_not_say_whose_machine_it_was(monkeypatch):
+    words = [
+        "x.py",
+        "/home/me/model",
+        "--texts",
+        "/home/me/a.txt,/home/b.txt",
+        "--csv=/tmp/rows.csv",
+        "--n",
+        "1",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    command = describe_environment("benchmarks/x.py")["command"]
+    assert command == "python benchmarks/x.py model --texts a.txt,b.txt --csv=rows.csv --n 1"
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):

@@ -212,7 +212,10 @@ class Engine:
         return Found([0.0] * len(likeliest), likeliest)
 
     def hits(self) -> dict[int, float]:
-        """By layer, how often its best head looks repeated tokens up; see `vllm_delta.plain.probe`."""
+        """By layer, how often its best head looks repeated tokens up; none where a probe is not possible.
+
+        See `vllm_delta.plain.probe`.
+        """
         hits: dict[int, float] = self._ask("hits")[0]
         return hits
 

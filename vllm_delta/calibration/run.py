@@ -217,7 +217,7 @@ def calibrate(
     runs = Runs(engine, texts, tick)
     for key in keys:
         runs.keep(key, OBSERVED_ROWS if key < OBSERVED_TEXTS else 0)
-    observed = engine.observations()
+    observed, hits = engine.observations(), engine.hits()
     for part in (searched, held_out):
         _check_evidence(runs.loss(tuple(eligible), budget, part))
 
@@ -229,7 +229,7 @@ def calibrate(
     }
     whole, screen = (partial(value, among=among) for among in (searched, screened))
     path = search(eligible, number, whole, screen if len(screened) < len(searched) else None, sensitivity)
-    rules = rules_of(observed, engine.hits(), number)
+    rules = rules_of(observed, eligible, hits, number)
     losses = {passes: runs.loss(passes, budget, held_out) for passes in sorted({*path, *rules.values()})}
     choices = _ranked(path, rules, losses, options)
     best = choices[0].passes
@@ -291,18 +291,19 @@ def _check_evidence(loss: Loss) -> None:
         )
 
 
-def rules_of(observed: Observed, hits: Mapping[int, float], number: int) -> dict[str, Passes]:
+def rules_of(
+    observed: Observed, eligible: Sequence[int], hits: Mapping[int, float], number: int
+) -> dict[str, Passes]:
     """The passes of the rule of thumb, the paper's peaks, the attention mass, and a probe that found some.
 
     They are as many as are asked for. The rule of thumb gives three selection layers; with another number of
     passes it has as many full layers as that leaves.
     """
-    eligible = sorted(hits)
     full_layers = max(0, number - 3)
     config = DeltaConfig(full_layers=full_layers)
     thumb = make_plan(config, eligible, eligible[-1] + 1)
     passes = join_passes(full_layers, thumb.layers(Role.SELECTION), eligible)
-    probed = probed_settings(DeltaConfig(), hits, keeps_full_layers=False, number=number)
+    probed = probed_settings(DeltaConfig(), hits, number, keeps_full_layers=False)
     layers = () if probed is None or probed.selection_layers == "auto" else probed.selection_layers
     found = {PROBE: layers[:number]} if layers else {}
     return {

@@ -222,8 +222,8 @@ class Calibration:
         return sorted(self._state.plan.roles)
 
     def hits(self) -> dict[int, float]:
-        """What a probe finds; see `vllm_delta.integration.probe_at_start.run`."""
-        return probe_at_start.run(self._vllm_config, self._model, self._device)
+        """What a probe finds; see `vllm_delta.integration.probe_at_start.found`."""
+        return probe_at_start.found(self._vllm_config, self._model, self._device)
 
     def use(self, settings: Mapping[str, Any]) -> None:
         """Change the settings to those of the start, but for these.

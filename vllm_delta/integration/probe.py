@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +16,22 @@ from vllm_delta.plain.probe import causal_attention
 class Probe:
     """Attention of layers without a KV cache, and how often their heads hit."""
 
+    #: names of the layers whose keys and values others read
+    read_by_others: Set[str]
     #: by eligible layer, float32 ``[H]``: the sum over sequences
     hits: dict[int, Tensor] = field(default_factory=dict)
-    #: keys and values by the layer's name, for layers that share those of another
+    #: keys and values of these
     shared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(
         self, impl: Any, layer: Any, query: Tensor, key: Tensor | None, value: Tensor | None, output: Tensor
     ) -> Tensor:
         """The attention of one sequence, as vLLM hands it to `impl`; written into `output`."""
-        if key is None or value is None:
+        if impl.kv_sharing_target_layer_name is not None:
             key, value = self.shared[impl.kv_sharing_target_layer_name]
-        self.shared[layer.layer_name] = key, value
+        assert key is not None and value is not None
+        if layer.layer_name in self.read_by_others:
+            self.shared[layer.layer_name] = key, value
         if query.dtype.itemsize == 1:  # quantised for an fp8 cache
             query = query.float() * layer._q_scale
         query, key, value = (

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
@@ -26,39 +27,66 @@ from vllm_delta.plain.probe import PERIOD, SEQUENCES, probe_tokens
 
 logger = init_logger(f"vllm.{__name__}")
 
+#: of all sequences
+TOKENS = 2 * PERIOD * SEQUENCES
+
 
 def is_wanted(vllm_config: VllmConfig, state: WorkerState[Any]) -> bool:
     """Whether this worker's plan is but a rule of thumb, and a probe can say more."""
     config, length = state.config, vllm_config.model_config.max_model_len
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
     return (
         config.policy == "delta"
         and state.plan.source == "rule"
         and bool(state.plan.layers(Role.SPARSE))
         and max(config.budget_tokens, 2 * PERIOD) < length
-        and vllm_config.parallel_config.pipeline_parallel_size == 1
+        and vllm_config.scheduler_config.max_num_batched_tokens >= 2 * PERIOD
+        and _is_possible(vllm_config)
+    )
+
+
+def _is_possible(vllm_config: VllmConfig) -> bool:
+    """Whether all that the model needs to run is tokens and DELTA's layers, on every rank alike."""
+    parallel = vllm_config.parallel_config
+    chunk = getattr(vllm_config.model_config.hf_text_config, "attention_chunk_size", None)
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
+    return (
+        parallel.pipeline_parallel_size == 1
+        and not parallel.enable_elastic_ep  # workers that join later would probe alone
+        and vllm_config.lora_config is None  # whose kernels want to know each token's adapter
+        and (chunk is None or chunk >= 2 * PERIOD)
         and all(isinstance(getattr(layer, "impl", None), DeltaLayer) for layer in layers)
     )
 
 
-@torch.inference_mode()
-def run(vllm_config: VllmConfig, model: Any, device: torch.device) -> dict[int, float]:
+def found(vllm_config: VllmConfig, model: Any, device: torch.device) -> dict[int, float]:
     """The best head's share of hits by eligible layer, over all tensor parallel ranks.
 
-    To be called on all of them, without a step in flight.
+    To be called on all of them, without a step in flight. Nothing is found where the model cannot run so.
     """
-    probe = Probe()
+    if not _is_possible(vllm_config):
+        return {}
+    logger.info(
+        "DELTA: probing which layers look things up; that takes as long as %d tokens of prompts", TOKENS
+    )
+    try:
+        return _run(vllm_config, model, device)
+    except torch.OutOfMemoryError:
+        raise  # it may be this rank's alone, and the others wait
+    except Exception as error:  # the model's own, whose forward wants more than tokens
+        logger.warning("DELTA: the model cannot be probed: %r", error)
+        return {}
+
+
+@torch.inference_mode()
+def _run(vllm_config: VllmConfig, model: Any, device: torch.device) -> dict[int, float]:
     layers = delta_layers(vllm_config)
-    sequences = probe_tokens(vllm_config.model_config.get_vocab_size()).to(device)
-    positions = torch.arange(2 * PERIOD, device=device)
-    if vllm_config.model_config.uses_mrope:
-        positions = positions.expand(3, -1)
+    probe = Probe({layer.impl.kv_sharing_target_layer_name for layer in layers} - {None})
     for layer in layers:
         layer.impl.probe = probe
     try:
-        for tokens in sequences:
+        for tokens in probe_tokens(vllm_config.model_config.get_vocab_size()).to(device):
             with set_forward_context(None, vllm_config, num_tokens=len(tokens), skip_compiled=True):
-                model(input_ids=tokens, positions=positions)
+                model(**_inputs(vllm_config, model, tokens))
     finally:
         for layer in layers:
             layer.impl.probe = None
@@ -67,14 +95,31 @@ def run(vllm_config: VllmConfig, model: Any, device: torch.device) -> dict[int, 
     group = get_tp_group()
     if group.world_size > 1:
         torch.distributed.all_reduce(hits, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()  # the KV cache has been given what was free before
     return dict(zip(indices, hits.tolist(), strict=True))
 
 
+def _inputs(vllm_config: VllmConfig, model: Any, tokens: Tensor) -> dict[str, Tensor | None]:
+    """As vLLM's model runners call a model for text alone."""
+    config = vllm_config.model_config
+    positions = torch.arange(len(tokens), device=tokens.device)
+    if config.uses_mrope:
+        positions = positions.expand(config.mrope_num_dims, -1)
+    if config.is_multimodal_model:
+        embeddings: Tensor = model.embed_input_ids(tokens)
+        return {"input_ids": None, "positions": positions, "inputs_embeds": embeddings}
+    return {"input_ids": tokens, "positions": positions}
+
+
 def adopt(vllm_config: VllmConfig, state: WorkerState[Any], hits: Mapping[int, float]) -> None:
-    """Go on with the plan that a probe makes, where it found something."""
+    """Go on with the plan that a probe makes, of as many passes, where it found something."""
+    if hits.keys() != state.plan.roles.keys():
+        return
     additional = vllm_config.additional_config
     given = additional.get("delta", {}) if isinstance(additional, Mapping) else {}
-    config = probed_settings(state.config, hits, keeps_full_layers="full_layers" in given)
+    passes = len(state.plan.layers(Role.FULL)) + len(state.plan.layers(Role.SELECTION))
+    config = probed_settings(state.config, hits, passes, keeps_full_layers="full_layers" in given)
     if config is None:
         logger.info("DELTA: a probe of the model found no layer that looks repeated tokens up")
         return

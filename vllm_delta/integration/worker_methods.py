@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_delta.integration import probe_at_start
@@ -15,8 +14,6 @@ from vllm_delta.integration.calibration import Calibration
 from vllm_delta.integration.layers import exchange_layers, find_state, report_plan
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.counters import Counters
-
-logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaWorkerMethods:
@@ -45,17 +42,11 @@ class DeltaWorkerMethods:
         state = find_state(self.vllm_config)
         if state is not None:
             if probe_at_start.is_wanted(self.vllm_config, state):
-                self._probe(state)
+                model = self.model_runner.get_model()
+                hits = probe_at_start.found(self.vllm_config, model, self.device)
+                probe_at_start.adopt(self.vllm_config, state, hits)
             report_plan(state)
         return super().compile_or_warm_up_model()  # type: ignore[misc]
-
-    def _probe(self, state: WorkerState[Any]) -> None:
-        try:
-            hits = probe_at_start.run(self.vllm_config, self.model_runner.get_model(), self.device)
-        except Exception as error:  # a model's own, whose forward wants more than tokens
-            logger.warning("DELTA: the model cannot be probed: %s", error)
-            return
-        probe_at_start.adopt(self.vllm_config, state, hits)
 
     def delta_counters(self) -> dict[str, Any]:
         """What DELTA did since start-up, see `vllm_delta.method.counters`; zeros where it has no layer."""

@@ -36,9 +36,7 @@ PRESETS: dict[tuple[str, int, int], tuple[int, ...]] = {
 }
 
 #: Share of a probe's tokens at which a head of a layer that looks things up hits (`vllm_delta.plain.probe`).
-LOOKS_UP = 0.5
-#: Full and selection layers of a plan that a probe makes: as many as the rule of thumb has.
-PROBED_PASSES = 5
+LOOKS_UP = 0.6
 
 #: Policies under which every layer after the full ones is sparse and chooses for itself.
 SELF_SELECTING = ("quest", "streaming", "oracle")
@@ -136,7 +134,7 @@ def make_plan(
 
 
 def probed_settings(
-    config: DeltaConfig, hits: Mapping[int, float], keeps_full_layers: bool, number: int = PROBED_PASSES
+    config: DeltaConfig, hits: Mapping[int, float], number: int, keeps_full_layers: bool
 ) -> DeltaConfig | None:
     """The settings with the layers that a probe found to look things up as selection layers.
 
@@ -150,13 +148,14 @@ def probed_settings(
     Args:
         config: whose selection layers are "auto".
         hits: by eligible layer, the best share of its heads; see `vllm_delta.plain.probe`.
+        number: full and selection layers together; more where `full_layers` stay and leave no room.
         keeps_full_layers: whether `full_layers` stays as it is, because somebody chose it.
-        number: full and selection layers together.
 
     Returns:
         None where no layer behind the first ones looks things up.
     """
     eligible = sorted(hits)
+    hits = {layer: round(share, 2) for layer, share in hits.items()}  # so that a start is like the last one
     fixed = eligible[: config.full_layers + 1] if keeps_full_layers else eligible[:3:2]
     longest = max(1, len(eligible) // 6)
     runs: list[list[int]] = []
