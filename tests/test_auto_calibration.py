@@ -436,11 +436,12 @@ def test_a_command_that_does_not_end_is_killed(tmp_path, monkeypatch):
     """With whatever it has started."""
     use_command(monkeypatch, tmp_path, WORKING)
     monkeypatch.setattr(process, "GRACE", 0.5)
+    others = psutil.Process().children(recursive=True)
     started = []
 
     def look():
         while len(started) < 2:
-            started[:] = psutil.Process().children(recursive=True)
+            started[:] = set(psutil.Process().children(recursive=True)) - set(others)
         noted.append(signal.SIGTERM)
 
     noted = []

@@ -230,6 +230,7 @@ def test_a_pipeline_rank_has_its_part_of_the_plan(monkeypatch, local, roles):
 def test_a_rule_of_thumb_is_named_one(monkeypatch):
     """Whose answers may suffer should hear of it; not where layers were chosen, or none is sparse."""
     warned = []
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(layers.logger, "warning", lambda text: warned.append(text))
     for config, expected in (
         (DeltaConfig(), 1),
@@ -238,7 +239,8 @@ def test_a_rule_of_thumb_is_named_one(monkeypatch):
         (DeltaConfig(policy="quest"), 0),
     ):
         warned.clear()
-        layers._log_plan(config, make_plan(config, range(12), 12), 0)
+        state = SimpleNamespace(config=config, plan=make_plan(config, range(12), 12), nbytes=0)
+        layers.report_plan(state)
         assert len(warned) == expected, config
         assert all("`vllm-delta calibrate MODEL`" in text for text in warned)
 

@@ -211,7 +211,7 @@ class Calibration:
         Raises:
             ValueError: a name that is none of theirs.
         """
-        methods = (self.layers, self.hits, self.use, self.begin, self.end, self.score, self.observations)
+        methods = (self.layers, self.use, self.hits, self.begin, self.end, self.score, self.observations)
         actions = {method.__name__: method for method in methods}
         if action not in actions:
             raise ValueError(f"action must be one of {', '.join(actions)}, not {action!r}")
