@@ -18,9 +18,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vllm_delta.calibration.texts import PROSE, Encode, Text
+from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES
+from vllm_delta.calibration.texts import Encode, Text
 
-QUOTES, FACTS = "quotes", "facts"
 FAMILIES = (QUOTES, FACTS, PROSE)
 
 #: tokens that lead to a quotation, and that are quoted

@@ -19,11 +19,9 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.accuracy.documents import FACTS, QUOTES
-from benchmarks.accuracy.real_text import Statistic, attended_share, kept, rise
 from benchmarks.lib.picture import COLOURS, STYLE, run, save, versions
 from benchmarks.lib.rows import TextLoss
-from vllm_delta.calibration.texts import PROSE
+from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES, Statistic, attended_share, kept, rise
 
 LINE_COLOURS = (*COLOURS[1:], "#56b4e9", "#e69f00", "#30363d", "#8c564b")
 PANELS = {

@@ -22,10 +22,9 @@ is written as soon as it is there; a later run measures what is missing. `plot_r
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -34,15 +33,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.documents import (
-    FACTS,
-    FAMILIES,
-    LEAST_CONTEXT,
-    QUOTES,
-    Document,
-    Source,
-    make_document,
-)
+from benchmarks.accuracy.documents import FAMILIES, LEAST_CONTEXT, Document, Source, make_document
 from benchmarks.accuracy.problems import fingerprint
 from benchmarks.accuracy.settings import Setting, expand, parse_layers, parse_numbers, parse_words
 from benchmarks.lib.base import DELTA, BenchmarkError, Json
@@ -52,7 +43,18 @@ from benchmarks.lib.processes import run_benchmark
 from benchmarks.lib.provenance import find_machine
 from benchmarks.lib.rows import TextLoss
 from benchmarks.lib.text import align
-from vllm_delta.calibration.texts import PROSE
+from benchmarks.lib.text_losses import (
+    FACTS,
+    PROSE,
+    QUOTES,
+    Statistic,
+    attended_share,
+    by_document,
+    divergence,
+    interval,
+    kept,
+    rise,
+)
 from vllm_delta.cli.options import json_object
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 from vllm_delta.method.counters import difference
@@ -67,16 +69,10 @@ TABLE_HEAD = (
     *("rise, nats", "95%", "divergence", "agreement"),
 )
 LEFT_ALIGNED = ("setting",)
-#: samples of the bootstrap
-SAMPLES = 500
 #: tokens that are computed at a time
 ROWS = 512
 #: policies that read minima and maxima of keys, one token's worth a page, to choose
 READ_PAGES = ("quest",)
-
-
-#: Of rows of one family.
-Statistic = Callable[[Sequence[TextLoss]], float]
 
 
 @dataclass(frozen=True)
@@ -293,49 +289,6 @@ def with_shares(
             delta = setting.delta | {"budget_tokens": budgets[fitting - 1] * size}
             settings.append(replace(setting, name=f"{setting.name}, {share:.0%}", delta=delta))
     return settings
-
-
-def by_document(rows: Sequence[TextLoss]) -> list[list[TextLoss]]:
-    """The rows of each document."""
-    documents: dict[tuple[str, int], list[TextLoss]] = {}
-    for row in rows:
-        documents.setdefault((row.text, row.part), []).append(row)
-    return list(documents.values())
-
-
-def interval(documents: Sequence[Sequence[TextLoss]], statistic: Statistic) -> tuple[float, float] | None:
-    """Of the bootstrap over documents with something to count, 95%; None for fewer than two."""
-    documents = [rows for rows in documents if sum(row.right for row in rows)]
-    if len(documents) < 2:
-        return None
-    draw = random.Random(0)
-    values = sorted(
-        statistic([row for rows in draw.choices(documents, k=len(documents)) for row in rows])
-        for _ in range(SAMPLES)
-    )
-    return values[SAMPLES // 40], values[-1 - SAMPLES // 40]
-
-
-def kept(rows: Sequence[TextLoss]) -> float:
-    """Percentage of what full attention gets right."""
-    right = sum(row.right for row in rows)
-    return 100 * sum(row.kept for row in rows) / right if right else float("nan")
-
-
-def rise(rows: Sequence[TextLoss]) -> float:
-    """Of the loss, nats per token."""
-    return sum(row.loss - row.full_loss for row in rows) / max(1, sum(row.tokens for row in rows))
-
-
-def divergence(rows: Sequence[TextLoss]) -> float:
-    """Mean, nats."""
-    return sum(row.divergence for row in rows) / max(1, sum(row.tokens for row in rows))
-
-
-def attended_share(rows: Sequence[TextLoss]) -> float:
-    """Tokens attended to over tokens of context, of all documents; a document's rows all have both."""
-    once = {(row.text, row.part): row for row in rows}.values()
-    return sum(row.attended_tokens for row in once) / sum(row.context_tokens for row in once)
 
 
 def cells(rows: Sequence[TextLoss]) -> tuple[str, ...]:

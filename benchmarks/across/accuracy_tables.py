@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 
 from benchmarks import RESULTS
-from benchmarks.accuracy import real_text
-from benchmarks.accuracy.documents import FACTS, QUOTES
 from benchmarks.across.query import (
     MODELS,
     Query,
@@ -22,7 +20,18 @@ from benchmarks.across.query import (
 )
 from benchmarks.lib.base import DELTA
 from benchmarks.lib.rows import Accuracy, TextLoss
-from vllm_delta.calibration.texts import PROSE
+from benchmarks.lib.text_losses import (
+    FACTS,
+    PROSE,
+    QUOTES,
+    Statistic,
+    attended_share,
+    by_document,
+    divergence,
+    interval,
+    kept,
+    rise,
+)
 from vllm_delta.method.config import DeltaConfig
 
 #: a calibration's names of the sets that it compares
@@ -102,18 +111,18 @@ def real_texts(query: Query) -> list[str]:
 
 
 def _losses(rows: list[TextLoss]) -> list[str]:
-    def shown(family: str, statistic: real_text.Statistic) -> str:
+    def shown(family: str, statistic: Statistic) -> str:
         return _shown([row for row in rows if row.family == family], statistic)
 
-    looked_up = [shown(family, real_text.kept) for family in (QUOTES, FACTS)]
-    prose = [shown(PROSE, statistic) for statistic in (real_text.rise, real_text.divergence)]
-    return [percent(real_text.attended_share(rows), 0), *looked_up, *prose]
+    looked_up = [shown(family, kept) for family in (QUOTES, FACTS)]
+    prose = [shown(PROSE, statistic) for statistic in (rise, divergence)]
+    return [percent(attended_share(rows), 0), *looked_up, *prose]
 
 
-def _shown(rows: list[TextLoss], statistic: real_text.Statistic) -> str:
+def _shown(rows: list[TextLoss], statistic: Statistic) -> str:
     """A statistic with its interval."""
-    digits = 1 if statistic is real_text.kept else 4
-    bounds = real_text.interval(real_text.by_document(rows), statistic)
+    digits = 1 if statistic is kept else 4
+    bounds = interval(by_document(rows), statistic)
     text = f"{statistic(rows):.{digits}f}"
     return text if bounds is None else f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
 

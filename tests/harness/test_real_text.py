@@ -10,13 +10,14 @@ import pytest
 from conftest import in_engine_process
 
 from benchmarks.accuracy import documents, plot_real_text, real_text
-from benchmarks.accuracy.documents import CUE, FACTS, PLACES, QUOTED, QUOTES, Document, Source, make_document
+from benchmarks.accuracy.documents import CUE, PLACES, QUOTED, Document, Source, make_document
 from benchmarks.accuracy.settings import Setting
 from benchmarks.lib.csv_rows import read_csv
 from benchmarks.lib.rows import TextLoss
+from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES, attended_share, divergence, rise
+from vllm_delta.calibration import search
 from vllm_delta.calibration.evidence import Found
-from vllm_delta.calibration.search import attended_share
-from vllm_delta.calibration.texts import PROSE, Text, passages
+from vllm_delta.calibration.texts import Text, passages
 
 #: sentences of words in no order, so that no two are the same
 WORDS = sorted({word.strip(".,;") for passage in passages() for word in passage.split()})
@@ -118,7 +119,7 @@ def test_shares_become_budgets(tmp_path):
     settings = real_text.with_shares(setting, shares, str(tmp_path), engine, 10, [4000])
     assert [found.name for found in settings] == ["two passes, 30%", "two passes, 50%"], "21% has no room"
     for found, share in zip(settings, shares, strict=False):
-        attended = attended_share((0, 4), range(10), found.delta["budget_tokens"], [4000])
+        attended = search.attended_share((0, 4), range(10), found.delta["budget_tokens"], [4000])
         assert share - 0.004 < attended <= share
     assert real_text.with_shares(setting, [], str(tmp_path), engine, 10, [4000]) == [setting]
 
@@ -161,10 +162,10 @@ def test_an_engine_measures_once(tiny_model, tmp_path):
     )
     assert len(few) == len(whole) > 0
     assert sum(row.tokens for row in few) == sum(row.tokens for row in whole)
-    assert abs(real_text.attended_share(few) - 0.3) < 0.01
-    assert real_text.attended_share(whole) > 0.99
-    assert real_text.divergence(whole) < 1e-4 < real_text.divergence(few)
-    assert abs(real_text.rise(whole)) < 1e-4
+    assert abs(attended_share(few) - 0.3) < 0.01
+    assert attended_share(whole) > 0.99
+    assert divergence(whole) < 1e-4 < divergence(few)
+    assert abs(rise(whole)) < 1e-4
     assert all(0 <= row.kept <= row.right <= row.tokens for row in found)
     assert in_engine_process(measure, *arguments) == 0
     assert read_csv(rows, TextLoss) == found, "nothing is measured twice"
