@@ -142,10 +142,12 @@ class Sweep:
         raise_errors(errors)
 
     def _run_forced(self, jobs: list[Json], take: Callable[[int, Json], None]) -> list[str]:
-        from benchmarks.accuracy import forced  # imports vLLM
+        from benchmarks.accuracy import engines, forced  # import vLLM
 
         arguments = {"dtype": self.args.dtype} | self.args.engine
-        needs = forced.engine_options(jobs, max(self.args.lengths), arguments)
+        needs = engines.engine_options(
+            [job["setting"]["delta"] for job in jobs], max(self.args.lengths), arguments
+        )
         try:
             return run_jobs(self.args, forced.force_all, [job | {"engine": needs} for job in jobs], take)
         finally:

@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES
 from vllm_delta.calibration.texts import Encode, Text
@@ -67,7 +68,7 @@ class Source:
             tokens += encode(sentence)
         return cls(name, tokens, sentences)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The start of the SHA-256 of the tokens."""
         return hashlib.sha256(" ".join(map(str, self.tokens)).encode()).hexdigest()[:12]

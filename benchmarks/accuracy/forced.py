@@ -9,42 +9,23 @@ an answer at once. What is not covered is the server; a few settings should be a
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from reasoner import vocabulary
 
+from benchmarks.accuracy.engines import complete, start_engine, to_json
 from benchmarks.accuracy.jobs import Records
 from benchmarks.accuracy.problems import QUESTION, problem_of
 from benchmarks.accuracy.settings import Setting
 from benchmarks.lib.base import Json
 from vllm_delta.calibration.engine import Engine, Model
-from vllm_delta.calibration.file import with_calibrated_layers
 from vllm_delta.calibration.prompts import CalibrationError
-from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.config import DeltaConfigError
 from vllm_delta.method.counters import difference
 
 #: the engine of this process, which serves one job after another
 _engines: list[Engine] = []
-
-
-def engine_options(jobs: Sequence[Json], length: int, arguments: Json) -> Json:
-    """What an engine needs that takes the settings of all jobs: the smallest page, the largest budget.
-
-    Settings that are wrong fail later, by themselves. `arguments` are further ones of ``vllm.LLM``.
-    """
-    configs = [DeltaConfig()]
-    for job in jobs:
-        with contextlib.suppress(DeltaConfigError):
-            configs.append(DeltaConfig.from_additional_config({"delta": job["setting"]["delta"]}))
-    pages = [config.page_size for config in configs]
-    block = {"block_size": max(pages)} if max(pages) > 16 else {}
-    budget = max(config.budget_tokens for config in configs)
-    return {"page_size": min(pages), "budget": budget, "length": length, "options": block | arguments}
 
 
 def force_all(job: Json) -> Records:
@@ -52,7 +33,7 @@ def force_all(job: Json) -> Records:
     setting = Setting(**job["setting"])
     try:
         engine = _engine(job)
-        engine.use(complete(setting, job["model"], len(engine.eligible)))
+        engine.use(to_json(complete(setting, job["model"], len(engine.eligible))))
         for group in job["groups"]:
             before, start = engine.counters(), time.perf_counter()
             for question in group:
@@ -68,24 +49,10 @@ def force_all(job: Json) -> Records:
         yield {"error": f"{type(error).__name__}: {error}"}
 
 
-def complete(setting: Setting, model: str, layers: int) -> Json:
-    """All of DELTA's settings; those of a dense backend are full layers alone."""
-    delta: Json = {"full_layers": layers, "selection_layers": []}
-    if setting.is_delta:
-        delta = with_calibrated_layers(setting.delta, model)
-    settings = asdict(DeltaConfig.from_additional_config({"delta": delta}))
-    layers_named = settings["selection_layers"]
-    return settings | {"selection_layers": layers_named if layers_named == "auto" else list(layers_named)}
-
-
 def _engine(job: Json) -> Engine:
     if not _engines:
         needs = job["engine"]
-        size = needs["page_size"]
-        config = DeltaConfig(page_size=size, budget_tokens=needs["budget"], recent_tokens=0, sink_tokens=0)
-        options: dict[str, Any] = needs["options"]
-        model = Model(job["model"], options)
-        _engines.append(Engine(model, config, needs["budget"], needs["length"], rows=2048))
+        _engines.append(start_engine(Model(job["model"], needs["options"]), needs, rows=2048))
     return _engines[0]
 
 

@@ -23,8 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", help="that the servers load")
     model.add_argument("--url", help="of a server that runs already; asked as it is")
     parser.add_argument("--name", help="of the setting that --url has")
-    parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON, or a calibration")
     parser.add_argument("--backends", metavar="A,B", type=parse_words, help="the dense one and DELTA")
+    parser.add_argument("--concurrency", type=int, default=16, help="questions at a time per server (16)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="servers at a time, by Ray (1)")
+    parser.add_argument("--timeout", type=float, default=14400, help="seconds to wait for an answer (14400)")
+    add_sweep(parser)
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The options of whatever compares DELTA's settings."""
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON, or a calibration")
     parser.add_argument("--delta", metavar="JSON", type=json_object, default={}, help="settings of the sweep")
     parser.add_argument("--policies", metavar="A,B", type=parse_words, help="sweep of delta.policy")
     parser.add_argument("--budgets", metavar="N,N", type=parse_numbers, help="sweep of delta.budget_tokens")
@@ -36,9 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concurrency", type=int, default=16, help="questions at a time per server (16)")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="servers at a time, by Ray (1)")
-    parser.add_argument("--timeout", type=float, default=14400, help="seconds to wait for an answer (14400)")
     parser.add_argument("--csv", type=Path, help="default: benchmarks/results/SCRIPT_PLATFORM.csv")
     parser.add_argument("--commit", help="what to record where the tree is not a git checkout")
 

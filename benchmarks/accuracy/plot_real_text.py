@@ -66,9 +66,8 @@ def draw(rows: Sequence[TextLoss], path: Path) -> None:
                 axes = panels[i, j]
                 for line, colour in colours.items():
                     points = _points(rows, context, family, line, statistic)
-                    axes.plot(
-                        *zip(*points, strict=True), color=colour, marker="o", markersize=4
-                    ) if points else None
+                    if points:
+                        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4)
                 axes.set_title(f"{label}, {context} tokens", loc="left")
                 axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
                 if family != PROSE:

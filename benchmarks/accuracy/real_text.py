@@ -34,8 +34,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks import RESULTS
 from benchmarks.accuracy.documents import FAMILIES, LEAST_CONTEXT, Document, Source, make_document
+from benchmarks.accuracy.engines import complete, engine_options, start_engine, to_json
+from benchmarks.accuracy.options import add_sweep
 from benchmarks.accuracy.problems import fingerprint
-from benchmarks.accuracy.settings import Setting, expand, parse_layers, parse_numbers, parse_words
+from benchmarks.accuracy.settings import Setting, expand, parse_numbers
+from benchmarks.lib import text_losses
 from benchmarks.lib.base import DELTA, BenchmarkError, Json
 from benchmarks.lib.csv_rows import append_csv, check_header, read_csv
 from benchmarks.lib.options import describe_run
@@ -43,20 +46,9 @@ from benchmarks.lib.processes import run_benchmark
 from benchmarks.lib.provenance import find_machine
 from benchmarks.lib.rows import TextLoss
 from benchmarks.lib.text import align
-from benchmarks.lib.text_losses import (
-    FACTS,
-    PROSE,
-    QUOTES,
-    Statistic,
-    attended_share,
-    by_document,
-    divergence,
-    interval,
-    kept,
-    rise,
-)
+from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES, Statistic
 from vllm_delta.cli.options import json_object
-from vllm_delta.method.config import DeltaConfig, DeltaConfigError
+from vllm_delta.method.config import DeltaConfigError
 from vllm_delta.method.counters import difference
 from vllm_delta.method.plan import Role, make_plan
 
@@ -71,6 +63,8 @@ TABLE_HEAD = (
 LEFT_ALIGNED = ("setting",)
 #: tokens that are computed at a time
 ROWS = 512
+#: tokens of the largest page
+MOST_PAGE = 128
 #: policies that read minima and maxima of keys, one token's worth a page, to choose
 READ_PAGES = ("quest",)
 
@@ -99,22 +93,20 @@ class Texts:
         Raises:
             BenchmarkError: texts that are too short, wrong settings, or an engine that does not start.
         """
-        from vllm_delta.calibration.engine import Engine, Model  # imports vLLM
+        from vllm_delta.calibration.engine import Model  # imports vLLM
         from vllm_delta.calibration.prompts import CalibrationError
 
         args = self.args
         try:
-            model = Model(args.model, {"dtype": args.dtype} | args.engine)
+            options = {"dtype": args.dtype} | args.engine
+            deltas = [setting.delta for setting in args.expanded]
+            deltas += [{"budget_tokens": -(-max(args.contexts) // MOST_PAGE) * MOST_PAGE}]  # for shares
+            needs = engine_options(deltas, max(args.contexts), options)
+            model = Model(args.model, needs["options"])
             if max(args.contexts) >= model.max_model_len:
                 raise BenchmarkError(f"{args.model} takes fewer than {max(args.contexts) + 1} tokens")
             documents = list(self._documents(model))
-            configs = [config_of(setting, args.model) for setting in args.expanded]
-            size = min(config.page_size for config in configs)
-            largest = max([*(config.budget_tokens for config in configs), *args.contexts])
-            smallest = DeltaConfig(
-                page_size=size, budget_tokens=largest // size * size, recent_tokens=0, sink_tokens=0
-            )
-            engine = Engine(model, smallest, smallest.budget_tokens, max(args.contexts), rows=ROWS)
+            engine = start_engine(model, needs, ROWS)
         except (CalibrationError, DeltaConfigError, ValueError) as error:
             raise BenchmarkError(str(error)) from error
         try:
@@ -174,7 +166,7 @@ class Texts:
                 full = engine.score_in_use(0)
                 for own, arm in missing:
                     bar.set_postfix_str(f"{columns['text']} {columns['context']}, {arm.setting.name}")
-                    engine.use(complete(arm.setting, self.args.model))
+                    engine.use(to_json(complete(arm.setting, self.args.model, num_layers)))
                     before = engine.counters()
                     found = engine.score_in_use(0)
                     counts = difference(engine.counters(), before)
@@ -243,20 +235,6 @@ def sums_of(document: Document, full: Found, found: Found) -> dict[tuple[str, in
     }
 
 
-def config_of(setting: Setting, model: str) -> DeltaConfig:
-    """Its settings; raises `DeltaConfigError`."""
-    from vllm_delta.calibration.file import with_calibrated_layers
-
-    return DeltaConfig.from_additional_config({"delta": with_calibrated_layers(setting.delta, model)})
-
-
-def complete(setting: Setting, model: str) -> Json:
-    """All of DELTA's settings, a calibration's layers included."""
-    config = config_of(setting, model)
-    layers = config.selection_layers
-    return config.__dict__ | {"selection_layers": layers if layers == "auto" else list(layers)}
-
-
 def with_shares(
     setting: Setting,
     shares: Sequence[float],
@@ -271,7 +249,7 @@ def with_shares(
     """
     if not shares:
         return [setting]
-    config = config_of(setting, model)
+    config = complete(setting, model, num_layers)
     plan = make_plan(config, engine.eligible, num_layers)
     sparse = len(plan.layers(Role.SPARSE)) / len(plan.roles)
     size = config.page_size
@@ -296,20 +274,22 @@ def cells(rows: Sequence[TextLoss]) -> tuple[str, ...]:
     parts = {family: [row for row in rows if row.family == family] for family in FAMILIES}
 
     def bounds(family: str, statistic: Statistic) -> str:
-        found = interval(by_document(parts[family]), statistic)
+        found = text_losses.interval(text_losses.by_document(parts[family]), statistic)
         return "-" if found is None else f"{found[0]:.4g} to {found[1]:.4g}"
 
     looked_up = [
-        cell for family in (QUOTES, FACTS) for cell in (f"{kept(parts[family]):.1f}", bounds(family, kept))
+        cell
+        for family in (QUOTES, FACTS)
+        for cell in (f"{text_losses.kept(parts[family]):.1f}", bounds(family, text_losses.kept))
     ]
     prose = parts[PROSE]
     return (
-        f"{attended_share(rows):.1%}",
+        f"{text_losses.attended_share(rows):.1%}",
         *looked_up,
-        f"{rise(prose):.4f}",
-        bounds(PROSE, rise),
-        f"{divergence(prose):.4f}",
-        f"{kept(prose):.1f}",
+        f"{text_losses.rise(prose):.4f}",
+        bounds(PROSE, text_losses.rise),
+        f"{text_losses.divergence(prose):.4f}",
+        f"{text_losses.kept(prose):.1f}",
     )
 
 
@@ -324,20 +304,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--texts", required=True, metavar="A,B", help="files of plain text")
     add("--contexts", default="4096", metavar="N,N", help="tokens of documents (4096)")
     add("--parts", type=int, default=2, help="documents of each text and context (2)")
-    add("--settings", type=Path, metavar="FILE", help="JSON, or a calibration, whose sets are compared")
-    add("--delta", metavar="JSON", type=json_object, default={}, help="settings of the sweep")
-    add("--policies", metavar="A,B", type=parse_words, help="sweep of delta.policy")
-    add("--budgets", metavar="N,N", type=parse_numbers, help="sweep of delta.budget_tokens")
-    add("--page-sizes", metavar="N,N", type=parse_numbers, help="sweep of delta.page_size")
-    add("--recent-tokens", metavar="N,N", type=parse_numbers, help="likewise")
-    add("--sink-tokens", metavar="N,N", type=parse_numbers, help="likewise")
-    add("--selection-layers", metavar="I,J;K", type=parse_layers, help="sweep of delta.selection_layers")
     add("--shares", default="", metavar="S,S", help="budgets at which settings attend to these shares")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     add("--engine", metavar="JSON", type=json_object, default={}, help="arguments of vllm.LLM")
-    add("--seed", type=int, default=0)
-    add("--csv", type=Path, help="default: benchmarks/results/real_text_PLATFORM.csv")
-    add("--commit", help="what to record where the tree is not a git checkout")
+    add_sweep(parser)
     args = parser.parse_args(argv)
     try:
         args.platform, args.machine = find_machine()

@@ -18,20 +18,10 @@ from benchmarks.across.query import (
     provenance,
     span,
 )
+from benchmarks.lib import text_losses
 from benchmarks.lib.base import DELTA
 from benchmarks.lib.rows import Accuracy, TextLoss
-from benchmarks.lib.text_losses import (
-    FACTS,
-    PROSE,
-    QUOTES,
-    Statistic,
-    attended_share,
-    by_document,
-    divergence,
-    interval,
-    kept,
-    rise,
-)
+from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES, Statistic
 from vllm_delta.method.config import DeltaConfig
 
 #: a calibration's names of the sets that it compares
@@ -114,15 +104,15 @@ def _losses(rows: list[TextLoss]) -> list[str]:
     def shown(family: str, statistic: Statistic) -> str:
         return _shown([row for row in rows if row.family == family], statistic)
 
-    looked_up = [shown(family, kept) for family in (QUOTES, FACTS)]
-    prose = [shown(PROSE, statistic) for statistic in (rise, divergence)]
-    return [percent(attended_share(rows), 0), *looked_up, *prose]
+    looked_up = [shown(family, text_losses.kept) for family in (QUOTES, FACTS)]
+    prose = [shown(PROSE, statistic) for statistic in (text_losses.rise, text_losses.divergence)]
+    return [percent(text_losses.attended_share(rows), 0), *looked_up, *prose]
 
 
 def _shown(rows: list[TextLoss], statistic: Statistic) -> str:
     """A statistic with its interval."""
-    digits = 1 if statistic is kept else 4
-    bounds = interval(by_document(rows), statistic)
+    digits = 1 if statistic is text_losses.kept else 4
+    bounds = text_losses.interval(text_losses.by_document(rows), statistic)
     text = f"{statistic(rows):.{digits}f}"
     return text if bounds is None else f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
 

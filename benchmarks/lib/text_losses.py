@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 from benchmarks.lib.rows import TextLoss
+from vllm_delta.calibration.evidence import bootstrap
 
 #: families of a document's tokens
 QUOTES, FACTS, PROSE = "quotes", "facts", "prose"
@@ -29,12 +29,7 @@ def interval(documents: Sequence[Sequence[TextLoss]], statistic: Statistic) -> t
     documents = [rows for rows in documents if sum(row.right for row in rows)]
     if len(documents) < 2:
         return None
-    draw = random.Random(0)
-    values = sorted(
-        statistic([row for rows in draw.choices(documents, k=len(documents)) for row in rows])
-        for _ in range(SAMPLES)
-    )
-    return values[SAMPLES // 40], values[-1 - SAMPLES // 40]
+    return bootstrap(documents, lambda drawn: statistic([row for rows in drawn for row in rows]), SAMPLES)
 
 
 def kept(rows: Sequence[TextLoss]) -> float:

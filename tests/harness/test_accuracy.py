@@ -539,11 +539,10 @@ def test_right_answers_are_judged(tmp_path, monkeypatch) -> None:
 
 
 def test_what_an_engine_needs_for_all_settings() -> None:
-    from benchmarks.accuracy import forced
+    from benchmarks.accuracy import engines
 
     deltas = [{}, {"budget_tokens": 4096}, {"page_size": 64, "sink_tokens": 64}, {"page_size": 128}]
-    jobs = [{"setting": {"delta": delta}} for delta in deltas]
-    needs = forced.engine_options(jobs, 1000, {"dtype": "float32"})
+    needs = engines.engine_options(deltas, 1000, {"dtype": "float32"})
     options = {"dtype": "float32", "block_size": 64}
     assert needs == {"page_size": 16, "budget": 4096, "length": 1000, "options": options}
 

@@ -15,11 +15,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import TypeVar
 
 from vllm_delta.calibration.texts import RETRIEVAL, Text
 
 #: Samples of the bootstrap.
 SAMPLES = 300
+
+Drawn = TypeVar("Drawn")
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,16 @@ class Loss:
             "divergence": (_mean, _others(self.units)),
         }
         function, units = functions[statistic]
-        draw = random.Random(0)
-        values = sorted(
-            function(draw.choices(units, k=len(units)) if units else units) for _ in range(SAMPLES)
-        )
-        return values[SAMPLES // 40], values[-1 - SAMPLES // 40]
+        return bootstrap(units, function) if units else (function(units), function(units))
+
+
+def bootstrap(
+    units: Sequence[Drawn], statistic: Callable[[Sequence[Drawn]], float], samples: int = SAMPLES
+) -> tuple[float, float]:
+    """95% of a statistic's values over as many of these units, drawn with replacement."""
+    draw = random.Random(0)
+    values = sorted(statistic(draw.choices(units, k=len(units))) for _ in range(samples))
+    return values[samples // 40], values[-1 - samples // 40]
 
 
 def _of(units: Sequence[Unit], family: str | None) -> list[Unit]:

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_delta.integration.probe import Probe
+from vllm_delta.integration.probe import Probe, window_of
 from vllm_delta.integration.validation import declared_layers, known_as
 from vllm_delta.integration.worker_state import WorkerState
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
@@ -87,8 +87,8 @@ def local_layers(config: DeltaConfig, vllm_config: VllmConfig) -> LocalLayers:
 
 def is_eligible(layer: Attention) -> bool:
     """Whether a layer that DELTA runs may be sparse."""
-    no_window = layer.impl.sliding_window in (-1, (-1, -1))  # the CPU's and FlashAttention's ways to say so
-    return type(layer) is Attention and no_window and not getattr(layer, "is_draft_layer", False)
+    is_draft = getattr(layer, "is_draft_layer", False)
+    return type(layer) is Attention and window_of(layer.impl) is None and not is_draft
 
 
 def exchange_layers(vllm_config: VllmConfig) -> None:

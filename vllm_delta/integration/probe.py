@@ -34,10 +34,7 @@ class Probe:
             self.shared[layer.layer_name] = key, value
         if query.dtype.itemsize == 1:  # quantised for an fp8 cache
             query = query.float() * layer._q_scale
-        query, key, value = (
-            part.view(len(query), -1, size)
-            for part, size in ((query, impl.head_size), (key, impl.head_size), (value, impl.head_size))
-        )
+        query, key, value = (part.view(len(query), -1, impl.head_size) for part in (query, key, value))
         parameters = AttentionParameters(impl.scale, float(impl.logits_soft_cap or 0), impl.sinks)
         attended, hits = causal_attention(query, key, value, parameters, window_of(impl))
         output.view_as(attended).copy_(attended)

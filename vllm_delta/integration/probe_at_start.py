@@ -40,7 +40,6 @@ def is_wanted(vllm_config: VllmConfig, state: WorkerState[Any]) -> bool:
         and bool(state.plan.layers(Role.SPARSE))
         and max(config.budget_tokens, 2 * PERIOD) < length
         and vllm_config.scheduler_config.max_num_batched_tokens >= 2 * PERIOD
-        and _is_possible(vllm_config)
     )
 
 

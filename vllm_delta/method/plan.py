@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 
@@ -158,15 +158,11 @@ def probed_settings(
     hits = {layer: round(share, 2) for layer, share in hits.items()}  # so that a start is like the last one
     fixed = eligible[: config.full_layers + 1] if keeps_full_layers else eligible[:3:2]
     longest = max(1, len(eligible) // 6)
+    behind = eligible[eligible.index(fixed[-1]) + 1 :] if fixed else []
     runs: list[list[int]] = []
-    continues = False
-    for layer in eligible[eligible.index(fixed[-1]) + 1 :] if fixed else ():
-        looks_up = hits[layer] >= LOOKS_UP
-        if looks_up and continues and len(runs[-1]) < longest:
-            runs[-1].append(layer)
-        elif looks_up:
-            runs.append([layer])
-        continues = looks_up
+    for looks_up, layers in groupby(behind, lambda layer: hits[layer] >= LOOKS_UP):
+        run = list(layers) if looks_up else []
+        runs += [run[begin : begin + longest] for begin in range(0, len(run), longest)]
     if not runs:
         return None
     found = [runs[0][0], *(max(run, key=lambda layer: hits[layer]) for run in runs[1:])]
