@@ -8,6 +8,7 @@ own in `implementations`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from dense_mask import choose_pages
@@ -44,6 +45,10 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     fp8: bool = False
+    #: query tokens of each row; empty: one each
+    query_lens: tuple[int, ...] = ()
+    #: pages behind a row's end that the selection table names, too
+    following_pages: int = 0
     #: tokens of logits that a GPU's workspace holds
     logit_tokens: int = 1 << 16
     seed: int = 0
@@ -57,7 +62,17 @@ class Case:
     @property
     def most_pages(self) -> int:
         """Pages of a row in a selection table."""
-        return max([budget for budget in self.budgets if budget != ALL_PAGES], default=1)
+        most = max([budget for budget in self.budgets if budget != ALL_PAGES], default=1)
+        return most + self.following_pages
+
+    def tokens_of(self, row: int) -> int:
+        """Query tokens of a row."""
+        return self.query_lens[row] if self.query_lens else 1
+
+    def seen_tokens(self, row: int) -> int:
+        """Tokens that a row's query tokens see, summed up."""
+        count = self.tokens_of(row)
+        return count * self.lengths[row] - count * (count - 1) // 2
 
     @property
     def real_rows(self) -> list[int]:
@@ -70,6 +85,7 @@ class Case:
             self,
             lengths=tuple(self.lengths[row] for row in rows),
             kept_pages=tuple(self.budgets[row] for row in rows),
+            query_lens=tuple(self.tokens_of(row) for row in rows) if self.query_lens else (),
         )
 
 
@@ -96,8 +112,9 @@ class Batch:
         def randn(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator)
 
-        num_rows, width = len(case.lengths), -(-max(case.lengths) // case.block_size) + 1
-        blocks = [-(-length // case.block_size) for length in case.lengths]
+        following = case.following_pages * case.page_size
+        num_rows, width = len(case.lengths), -(-(max(case.lengths) + following) // case.block_size) + 1
+        blocks = [-(-(length + following * (length > 0)) // case.block_size) for length in case.lengths]
         num_blocks = sum(blocks) + 1
         # A few strong keys, so that heads disagree and scores spread.
         cache = randn(num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size)
@@ -109,27 +126,38 @@ class Batch:
         for row, count in enumerate(blocks):
             own = [free.pop() for _ in range(count)]
             block_table[int(requests[row]), :count] = torch.tensor(own)
-            if end := case.lengths[row] % case.block_size:
-                cache[own[-1], :, end:] = NAN
+            for place, block in enumerate(own):  # and blocks that the row has not begun
+                cache[block, :, max(0, case.lengths[row] - place * case.block_size) :] = NAN
         cache[free] = NAN
         storage = torch.float8_e4m3fn if case.fp8 else case.dtype
         scales = (torch.tensor(0.5), torch.tensor(0.25), torch.tensor(2.0)) if case.fp8 else None
         sinks = randn(case.num_heads).to(case.dtype) if case.sinks else None
+        num_tokens = sum(map(case.tokens_of, range(num_rows))) + 2
+        query = (2 * randn(num_tokens, case.num_heads, case.head_size)).to(storage)
+        first_tokens = torch.randperm(num_rows + 2, generator=generator).int()
+        if case.query_lens:  # the two tokens that are nobody's stand first and last
+            order = first_tokens[first_tokens < num_rows].tolist()
+            ends = dict(zip(order, accumulate(map(case.tokens_of, order)), strict=True))
+            first_tokens = torch.tensor(
+                [1 + ends[row] - case.tokens_of(row) for row in range(num_rows)], dtype=torch.int32
+            )
         return cls(
             case,
-            query=(2 * randn(num_rows + 2, case.num_heads, case.head_size)).to(storage),
+            query=query,
             kv_cache=cache.to(storage),
             block_table=block_table,
             rows=DecodeRows(
-                tokens=torch.randperm(num_rows + 2, generator=generator)[:num_rows].int(),
+                tokens=first_tokens[:num_rows],
                 requests=requests,
                 lengths=torch.tensor(case.lengths, dtype=torch.int32),
                 kept_pages=torch.tensor(case.budgets, dtype=torch.int32),
+                query_lens=torch.tensor(case.query_lens, dtype=torch.int32) if case.query_lens else None,
+                max_query_len=max(case.query_lens, default=1),
             ),
             parameters=AttentionParameters(
                 case.head_size**-0.5, case.softcap, sinks, case.layout, case.dtype, scales
             ),
-            rule=SelectionRule(case.page_size, case.recent_pages, case.sink_pages),
+            rule=SelectionRule(case.page_size, case.recent_pages, case.sink_pages, case.following_pages),
         )
 
 
@@ -174,40 +202,45 @@ def keeps_all(case: Case, row: int) -> bool:
 
 def check(batch: Batch, results: Results, precision: Precision) -> None:
     """Every row of all three layers; raises AssertionError with the row."""
-    case, attended = batch.case, 0
+    case, attended, written = batch.case, 0, []
     for row in case.real_rows:
-        length, token = case.lengths[row], int(batch.rows.tokens[row])
-        query, keys, values, sinks = row_tensors(batch, row)
-        probabilities = masked_probabilities(case, query, keys, sinks, torch.ones(length, dtype=torch.bool))
-        exact = weighted_sum(probabilities, values)
-        eager = precision.eager * eager_error(batch, row, exact) if precision.eager else 0.0
-        for output in (results.full, results.selection):
-            assert is_close(output[token], exact, precision, eager), f"row {row}"
-        mask = torch.ones(length, dtype=torch.bool)
+        length, first = case.lengths[row], int(batch.rows.tokens[row])
+        kept = torch.ones(length, dtype=torch.bool)
         if keeps_all(case, row):
             assert results.pages[row] is None, f"row {row} keeps everything"
         else:
-            mask = torch.zeros(length, dtype=torch.bool)
-            for page in results.pages[row].tolist():
-                mask[page * case.page_size : (page + 1) * case.page_size] = True
-            check_pages(batch, row, probabilities, results.pages[row], precision.score)
-        attended += int(mask.sum())
-        exact = weighted_sum(masked_probabilities(case, query, keys, sinks, mask), values)
-        assert is_close(results.sparse[token], exact, precision, eager), f"row {row}"
-        if results.scores and results.scores[row] is not None:
-            expected = page_sums(probabilities, case.page_size).cpu()
-            torch.testing.assert_close(
-                results.scores[row].double(), expected, rtol=precision.score, atol=1e-12
-            )
-    written = torch.zeros(len(batch.query), dtype=torch.bool)
-    written[batch.rows.tokens[case.real_rows].long()] = True
+            kept = torch.zeros(length, dtype=torch.bool)
+            for page in results.pages[row][: case.budgets[row]].tolist():
+                kept[page * case.page_size : (page + 1) * case.page_size] = True
+        for index in range(case.tokens_of(row)):
+            token = first + index
+            written.append(token)
+            seen = torch.arange(length) <= length - case.tokens_of(row) + index
+            query, keys, values, sinks = row_tensors(batch, row, index)
+            probabilities = masked_probabilities(case, query, keys, sinks, seen)
+            exact = weighted_sum(probabilities, values)
+            eager = precision.eager * eager_error(batch, row, index, exact) if precision.eager else 0.0
+            for output in (results.full, results.selection):
+                assert is_close(output[token], exact, precision, eager), f"row {row}, token {index}"
+            if index == 0 and not keeps_all(case, row):
+                check_pages(batch, row, probabilities, results.pages[row], precision.score)
+            if index == 0 and results.scores and results.scores[row] is not None:
+                expected = page_sums(probabilities, case.page_size).cpu()
+                torch.testing.assert_close(
+                    results.scores[row].double(), expected, rtol=precision.score, atol=1e-12
+                )
+            exact = weighted_sum(masked_probabilities(case, query, keys, sinks, kept & seen), values)
+            assert is_close(results.sparse[token], exact, precision, eager), f"row {row}, token {index}"
+            attended += int((kept & seen).sum())
+    is_written = torch.zeros(len(batch.query), dtype=torch.bool)
+    is_written[written] = True
     for output in (results.full, results.selection, results.sparse):
-        assert bool(output[written].isfinite().all()), "not everything was written"
-        assert bool(output[~written].isnan().all()), "padding was written"
-    context = sum(case.lengths)
-    counters = [len(case.real_rows), context, context]
+        assert bool(output[is_written].isfinite().all()), "not everything was written"
+        assert bool(output[~is_written].isnan().all()), "padding was written"
+    context = sum(case.seen_tokens(row) for row in case.real_rows)
+    counters = [len(written), context, context]
     assert results.full_counters == results.selection_counters == counters
-    assert results.sparse_counters == [len(case.real_rows), attended, context]
+    assert results.sparse_counters == [len(written), attended, context]
 
 
 def is_close(output: Tensor, exact: Tensor, precision: Precision, eager: float) -> bool:
@@ -221,7 +254,10 @@ def check_pages(batch: Batch, row: int, probabilities: Tensor, pages: Tensor, to
     """The kept pages are the best ones, but for pages whose scores are as good as equal."""
     case = batch.case
     token_scores = probabilities.amax(0).cpu().numpy()
-    kept = case.budgets[row]
+    kept, num_pages = case.budgets[row], -(-case.lengths[row] // case.page_size)
+    behind = pages[kept:].tolist()
+    assert behind == list(range(num_pages, num_pages + case.following_pages)), f"row {row}: {behind}"
+    pages = pages[:kept]
     mask = choose_pages(token_scores, case.page_size, kept, case.recent_pages, case.sink_pages)
     expected = sorted({position // case.page_size for position in mask.nonzero()[0].tolist()})
     found = pages.tolist()
@@ -235,14 +271,14 @@ def check_pages(batch: Batch, row: int, probabilities: Tensor, pages: Tensor, to
         )
 
 
-def row_tensors(batch: Batch, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A row's query ``[H, D]``, keys and values ``[H, n, D]``, and sinks, in float64 on `DEVICE`."""
+def row_tensors(batch: Batch, row: int, index: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A row's query of this index ``[H, D]``, keys and values ``[H, n, D]``, and sinks, in float64."""
     case, rows = batch.case, batch.rows
     request, length = int(rows.requests[row]), case.lengths[row]
     blocks = batch.block_table[request, : -(-length // case.block_size)].long()
     tokens = batch.kv_cache[blocks].to(DEVICE).double().transpose(0, 1).flatten(1, 2)[:, :length]
     keys, values = tokens.repeat_interleave(case.num_heads // case.num_kv_heads, 0).chunk(2, -1)
-    query, sinks = batch.query[int(rows.tokens[row])].to(DEVICE).double(), batch.parameters.sinks
+    query, sinks = batch.query[int(rows.tokens[row]) + index].to(DEVICE).double(), batch.parameters.sinks
     if batch.parameters.scales is not None:
         q_scale, k_scale, v_scale = (scale.to(DEVICE).double() for scale in batch.parameters.scales)
         query, keys, values = query * q_scale, keys * k_scale, values * v_scale
@@ -271,10 +307,12 @@ def page_sums(probabilities: Tensor, page_size: int) -> Tensor:
     return torch.stack([part.sum() for part in probabilities.amax(0).split(page_size)])
 
 
-def eager_error(batch: Batch, row: int, exact: Tensor) -> float:
+def eager_error(batch: Batch, row: int, index: int, exact: Tensor) -> float:
     """Largest error of the same attention, computed in the model's own type by plain PyTorch."""
     case = batch.case
-    query, keys, values, sinks = row_tensors(batch, row)
+    query, keys, values, sinks = row_tensors(batch, row, index)
+    seen = case.lengths[row] - case.tokens_of(row) + 1 + index
+    keys, values = keys[:, :seen], values[:, :seen]
     query, keys, values = (part.to(case.dtype) for part in (query, keys, values))
     logits = (keys @ query[:, :, None])[:, :, 0] * case.head_size**-0.5
     if case.softcap:

@@ -16,7 +16,6 @@ from vllm_delta.kernels.gpu.schedule import Schedule, make_schedule
 from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
-from vllm_delta.method.rows import DecodeRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,9 +40,7 @@ class GPUBatch:
         strided[:, :, 1] = batch.kv_cache.float()
         self.kv_cache = strided.to(batch.kv_cache.dtype).to(DEVICE)[:, :, 1]
         self.block_table = batch.block_table.to(DEVICE)
-        self.rows = DecodeRows(
-            *(getattr(batch.rows, part.name).to(DEVICE) for part in dataclasses.fields(DecodeRows))
-        )
+        self.rows = batch.rows.to(DEVICE)
         given = batch.parameters
         self.parameters = dataclasses.replace(
             given,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Protocol
 
 import torch
@@ -52,24 +51,27 @@ class Reference:
         )
         selection, scores, table = reference.selection_attention(*arguments)
         sparse = reference.sparse_attention(*arguments, table)
-        attended = sum(
-            len(reference.kept_tokens(pages, batch.rule.page_size, length))
-            for pages, length in zip(table, rows.lengths.tolist(), strict=True)
-        )
-        context = int(rows.lengths.sum())
+        tokens, attended = [], 0
+        for row, pages in zip(batch.case.real_rows, table, strict=True):
+            count, length = batch.case.tokens_of(row), batch.case.lengths[row]
+            for index in range(count):
+                tokens.append(int(batch.rows.tokens[row]) + index)
+                seen = length - count + 1 + index
+                attended += len(reference.kept_tokens(pages, batch.rule.page_size, seen))
+        context = sum(batch.case.seen_tokens(row) for row in batch.case.real_rows)
         outputs = []
         for part in (selection, sparse):
             output = torch.full(batch.query.shape, NAN, dtype=torch.float64)
-            output[rows.tokens.long()] = part
+            output[tokens] = part
             outputs.append(output)
-        full_counters = [len(rows), context, context]
+        full_counters = [len(tokens), context, context]
         return Results(
             outputs[0],
             *outputs,
-            pages=spread(batch, [pages if pages is not None else None for pages in table]),
+            pages=spread(batch, table),
             full_counters=full_counters,
             selection_counters=full_counters,
-            sparse_counters=[len(rows), attended, context],
+            sparse_counters=[len(tokens), attended, context],
             scores=spread(batch, scores, of_all=True),
         )
 
@@ -84,13 +86,14 @@ class Cpp:
         """By the platform's limits."""
         of_size = case.head_size % limits.CPU.head_size_multiple == 0
         fits = case.head_size <= limits.CPU.largest_head_size and case.page_size in limits.CPU.page_sizes
-        return case.layout in limits.CPU.layouts and of_size and fits and not case.fp8
+        later = case.query_lens or case.following_pages
+        return case.layout in limits.CPU.layouts and of_size and fits and not case.fp8 and not later
 
     def run(self, batch: Batch) -> Results:
         """All layers, and the selection once with scores and once without."""
         rows = without_padding(batch)
         order = torch.randperm(len(rows))
-        rows = DecodeRows(*(getattr(rows, part.name)[order] for part in dataclasses.fields(rows)))
+        rows = rows[order]
         cache = pack_cache(batch)
         num_pages = -(-max(batch.case.lengths) // batch.rule.page_size)
         scores = torch.full((len(rows), num_pages), NAN)
@@ -139,7 +142,8 @@ class Triton:
         """By the platform's limits."""
         of_size = case.head_size % limits.GPU.head_size_multiple == 0
         fits = case.head_size <= limits.GPU.largest_head_size and case.page_size in limits.GPU.page_sizes
-        return case.layout in limits.GPU.layouts and of_size and fits
+        later = case.query_lens or case.following_pages
+        return case.layout in limits.GPU.layouts and of_size and fits and not later
 
     def run(self, batch: Batch) -> Results:
         """All layers, the sparse one by frames and by pages, and, unless fp8, appending tokens."""
@@ -183,8 +187,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 def without_padding(batch: Batch) -> DecodeRows:
     """The rows that are not padding."""
-    real = torch.tensor(batch.case.real_rows)
-    return DecodeRows(*(getattr(batch.rows, part.name)[real] for part in dataclasses.fields(DecodeRows)))
+    return batch.rows[torch.tensor(batch.case.real_rows)]
 
 
 def spread(batch: Batch, parts: list, *, of_all: bool = False) -> list:

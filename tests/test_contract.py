@@ -36,6 +36,18 @@ SHARED = {
     "a row that keeps everything": Case((200, 150), kept_pages=(4, ALL_PAGES)),
     "a budget for each row": Case(MIXED, kept_pages=(2, 3, 4, ALL_PAGES, 5, 6, 7)),
     "a budget above every length": Case((200, 90), kept_pages=13),
+    "pages behind the end": Case((200, 64, 65, 1), following_pages=3),
+    "several query tokens": Case((300, 0, 64, 65, 17, 129), query_lens=(4, 1, 4, 2, 1, 3), recent_pages=2),
+    "8 query tokens, 7 heads": Case(
+        (400, 130, 90, 8), 14, 2, 128, query_lens=(8, 8, 8, 8), recent_pages=2, following_pages=2
+    ),
+    "16 query tokens": Case((400, 130, 16), 4, 1, query_lens=(16, 16, 16), kept_pages=5, recent_pages=2),
+    "3 query tokens, sinks, soft cap": Case(
+        (200, 90), query_lens=(3, 3), sinks=True, softcap=5.0, recent_pages=2
+    ),
+    "5 query tokens, a budget for each row": Case(
+        (300, 200, 150), query_lens=(5, 5, 5), kept_pages=(4, ALL_PAGES, 6), recent_pages=2
+    ),
 }
 
 CASES = {

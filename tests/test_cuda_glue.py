@@ -162,7 +162,7 @@ def test_several_launches_of_cuda_layers():
         gpu = step.gpu
         step.metadata.launches = [
             Launch(
-                gpu.rows.slice(begin, end),
+                gpu.rows[begin:end],
                 Schedule.allocate(gpu.workspace.max_rows, gpu.case.num_kv_heads, DEVICE),
             )
             for begin, end in pairwise(cuts)

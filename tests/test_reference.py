@@ -38,6 +38,12 @@ def test_select_pages_by_hand(scores, budget, recent, sink, kept):
     assert pages.tolist() == kept
 
 
+def test_following_pages_stand_behind_the_kept_ones():
+    scores = torch.tensor([1, 5, 3, 2], dtype=torch.float64)
+    assert reference.select_pages(scores, 3, 1, 1, following_pages=2).tolist() == [0, 1, 3, 4, 5]
+    assert reference.select_pages(scores, 4, 1, 1, following_pages=2).tolist() == [0, 1, 2, 3]
+
+
 def test_kept_tokens_of_a_partial_page():
     assert reference.kept_tokens(torch.tensor([0, 2]), page_size=4, length=10).tolist() == [
         0, 1, 2, 3, 8, 9,

@@ -13,6 +13,13 @@ included. At a selection layer:
 A sparse layer computes attention over the tokens of the kept pages alone. A selection layer's own output is
 exact attention over all tokens.
 
+A row may have several query tokens, as where drafts are verified. Each sees the tokens up to itself. The
+first one chooses for all of them, and pages are counted from the last one's end.
+
+A row may grow before its pages are chosen again, as where drafts are made. Then its kept pages are those that
+were chosen and all that have begun since: with n tokens when they were chosen and m now, its budget is
+``kept_pages + pages(m) - pages(n)``. The table names up to ``following_pages`` of the later ones.
+
 Everything is computed in the dtype of the inputs (float32 or float64), row by row, with no thought of speed.
 The KV cache here is in plain order, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` with a token's
 key before its value; how a platform lays it out in memory is the kernels' business.
@@ -73,12 +80,18 @@ def page_scores(probabilities: Tensor, page_size: int) -> Tensor:
     return torch.nn.functional.pad(token_scores, (0, padding)).view(-1, page_size).sum(dim=-1)
 
 
-def select_pages(scores: Tensor, kept_pages: int, recent_pages: int, sink_pages: int) -> Tensor:
-    """The pages to keep, ascending: ``[pages]`` scores to ``[min(pages, kept_pages)]`` int64 indices."""
+def select_pages(
+    scores: Tensor, kept_pages: int, recent_pages: int, sink_pages: int, following_pages: int = 0
+) -> Tensor:
+    """The pages to keep, ascending.
+
+    ``[pages]`` scores to int64 indices: ``[pages]`` of a row that keeps all, else those of the `kept_pages`
+    pages and of the `following_pages` behind the last one.
+    """
     num_pages = scores.shape[0]
     if num_pages <= kept_pages:
         return torch.arange(num_pages)
-    recent = range(num_pages - recent_pages, num_pages)
+    recent = range(num_pages - recent_pages, num_pages + following_pages)
     others = range(sink_pages, num_pages - recent_pages)
     values = scores.tolist()
     best = sorted(others, key=lambda page: (-values[page], page))
@@ -111,16 +124,22 @@ def selection_attention(
         rule: how pages are kept.
 
     Returns:
-        The output ``[rows, num_heads, head_size]``, the page scores of each row, and the selection table:
-        the kept pages of each row, all of them where it keeps everything.
+        The output ``[tokens of the rows, num_heads, head_size]``, row by row, the page scores of each row,
+        and the selection table: the kept pages of each row, all of them where it keeps everything.
     """
     outputs, scores, table = [], [], []
     for row, kept_pages in enumerate(rows.kept_pages.tolist()):
-        row_query, keys, values = _read_row(query, kv_cache, block_table, rows, row, parameters)
-        probabilities = attention_probabilities(row_query, keys, parameters)
-        outputs.append(_weighted_sum(probabilities, values))
-        scores.append(page_scores(probabilities, rule.page_size))
-        table.append(select_pages(scores[-1], kept_pages, rule.recent_pages, rule.sink_pages))
+        queries, keys, values = _read_row(query, kv_cache, block_table, rows, row, parameters)
+        for index, row_query in enumerate(queries):
+            seen = len(keys) - len(queries) + 1 + index
+            probabilities = attention_probabilities(row_query, keys[:seen], parameters)
+            outputs.append(_weighted_sum(probabilities, values[:seen]))
+            if index == 0:
+                chosen = torch.nn.functional.pad(probabilities, (0, len(keys) - seen))
+        scores.append(page_scores(chosen, rule.page_size))
+        table.append(
+            select_pages(scores[-1], kept_pages, rule.recent_pages, rule.sink_pages, rule.following_pages)
+        )
     return torch.stack(outputs), scores, table
 
 
@@ -136,10 +155,12 @@ def sparse_attention(
     """A sparse layer: attention over the pages of the selection table; arguments as above."""
     outputs = []
     for row, pages in enumerate(table):
-        row_query, keys, values = _read_row(query, kv_cache, block_table, rows, row, parameters)
-        tokens = kept_tokens(pages.to(keys.device), rule.page_size, len(keys))
-        probabilities = attention_probabilities(row_query, keys[tokens], parameters)
-        outputs.append(_weighted_sum(probabilities, values[tokens]))
+        queries, keys, values = _read_row(query, kv_cache, block_table, rows, row, parameters)
+        for index, row_query in enumerate(queries):
+            seen = len(keys) - len(queries) + 1 + index
+            tokens = kept_tokens(pages.to(keys.device), rule.page_size, seen)
+            probabilities = attention_probabilities(row_query, keys[tokens], parameters)
+            outputs.append(_weighted_sum(probabilities, values[tokens]))
     return torch.stack(outputs)
 
 
@@ -151,13 +172,14 @@ def _read_row(
     row: int,
     parameters: AttentionParameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The row's query ``[num_heads, head_size]``, and the keys and values that it sees."""
+    """The row's queries ``[query tokens, num_heads, head_size]``, and the keys and values that it sees."""
     request, token = int(rows.requests[row]), int(rows.tokens[row])
+    queries = query[token : token + (1 if rows.query_lens is None else int(rows.query_lens[row]))]
     keys, values = gather_sequence(kv_cache, block_table[request], int(rows.lengths[row]))
     if parameters.scales is None:
-        return query[token], keys, values
+        return queries, keys, values
     q_scale, k_scale, v_scale = (scale.to(keys) for scale in parameters.scales)
-    return query[token] * q_scale, keys * k_scale, values * v_scale
+    return queries * q_scale, keys * k_scale, values * v_scale
 
 
 def _weighted_sum(probabilities: Tensor, values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 #: `DecodeRows.kept_pages` of a row that attends to everything: the largest int32.
@@ -14,29 +15,47 @@ ALL_PAGES = 2**31 - 1
 class DecodeRows:
     """Decode rows of one step, all int32 ``[rows]``, on the device of the kernels.
 
-    A row is one query token of one sequence. Rows may stand in any order and name any tokens of the batch.
+    A row is one query token of one sequence or, where `query_lens` says so, several neighbours. Rows may
+    stand in any order and name any tokens of the batch.
     """
 
-    #: index of the row's token in the query and the output
+    #: index of the row's first token in the query and the output
     tokens: Tensor
     #: index of the row's request in the block table
     requests: Tensor
-    #: tokens that the row sees: its position in the sequence plus one; 0 for padding
+    #: tokens that the row's last token sees: its position in the sequence plus one; 0 for padding. Each token
+    #: before it sees one less
     lengths: Tensor
     #: the row's budget: pages that sparse layers keep of it, recent and sink pages included. A row of as many
     #: pages or fewer attends to everything, and so does one with `ALL_PAGES`
     kept_pages: Tensor
+    #: query tokens of each row, from 1 to `max_query_len`; None: one each
+    query_lens: Tensor | None = None
+    max_query_len: int = 1
 
     def __len__(self) -> int:
         return self.lengths.shape[0]
 
-    def slice(self, begin: int, end: int) -> DecodeRows:
-        """Rows `begin` to `end`, as views."""
+    def __getitem__(self, which: slice | Tensor) -> DecodeRows:
+        """Some of the rows: a slice, as views, or those of an index tensor."""
         return DecodeRows(
-            self.tokens[begin:end],
-            self.requests[begin:end],
-            self.lengths[begin:end],
-            self.kept_pages[begin:end],
+            self.tokens[which],
+            self.requests[which],
+            self.lengths[which],
+            self.kept_pages[which],
+            None if self.query_lens is None else self.query_lens[which],
+            self.max_query_len,
+        )
+
+    def to(self, device: torch.device | str) -> DecodeRows:
+        """The same rows on another device."""
+        return DecodeRows(
+            self.tokens.to(device),
+            self.requests.to(device),
+            self.lengths.to(device),
+            self.kept_pages.to(device),
+            None if self.query_lens is None else self.query_lens.to(device),
+            self.max_query_len,
         )
 
     def num_within_budget(self, page_size: int) -> int:
@@ -54,3 +73,5 @@ class SelectionRule:
     recent_pages: int
     #: pages kept at its start
     sink_pages: int
+    #: pages behind a row's end that the table names, too, for a row that grows before pages are chosen again
+    following_pages: int = 0

@@ -115,7 +115,7 @@ class CUDAState(WorkerState[LayerGroup]):
         assert self.workspace is not None
         most = self.workspace.max_rows
         return [
-            Launch(rows.slice(begin, min(begin + most, len(rows))), self.schedule(shape, index))
+            Launch(rows[begin : min(begin + most, len(rows))], self.schedule(shape, index))
             for index, begin in enumerate(range(0, len(rows), most))
         ]
 
