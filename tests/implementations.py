@@ -86,8 +86,7 @@ class Cpp:
         """By the platform's limits."""
         of_size = case.head_size % limits.CPU.head_size_multiple == 0
         fits = case.head_size <= limits.CPU.largest_head_size and case.page_size in limits.CPU.page_sizes
-        later = case.query_lens or case.following_pages
-        return case.layout in limits.CPU.layouts and of_size and fits and not case.fp8 and not later
+        return case.layout in limits.CPU.layouts and of_size and fits and not case.fp8
 
     def run(self, batch: Batch) -> Results:
         """All layers, and the selection once with scores and once without."""
@@ -104,7 +103,8 @@ class Cpp:
         def run(layer, *arguments: object) -> tuple[Tensor, list[int]]:
             output = torch.full_like(batch.query, NAN)
             counters = torch.zeros(3, dtype=torch.int64)
-            workspace = cpu_ops.allocate_workspace(max(batch.case.lengths), *batch.query.shape[1:]).fill_(NAN)
+            sizes = max(batch.case.lengths), *batch.query.shape[1:]
+            workspace = cpu_ops.allocate_workspace(*sizes, max_query_len=rows.max_query_len).fill_(NAN)
             rule = () if layer is cpu_ops.full_attention else (batch.rule,)
             inputs = batch.query, cache, batch.block_table, rows, batch.parameters, *rule
             layer(*inputs, workspace, counters, output, *arguments)
@@ -118,13 +118,13 @@ class Cpp:
         assert torch.equal(table.pages, again.pages)
         sparse, sparse_counters = run(cpu_ops.sparse_attention, table)
         back = torch.argsort(order)
-        kept = rows.kept_pages[back].clamp(max=table.pages.shape[1]).tolist()
+        named = rows.kept_pages[back].clamp(max=table.pages.shape[1]) + batch.rule.following_pages
         counts = [-(-length // batch.rule.page_size) for length in rows.lengths[back].tolist()]
         return Results(
             full,
             selection,
             sparse,
-            pages=spread(batch, [row[:k] for row, k in zip(table.pages[back], kept, strict=True)]),
+            pages=spread(batch, [row[:k] for row, k in zip(table.pages[back], named.tolist(), strict=True)]),
             full_counters=full_counters,
             selection_counters=selection_counters,
             sparse_counters=sparse_counters,

@@ -76,6 +76,31 @@ CASES = {
     "amx": Case(MIXED, 8, 2, 64, 16, 128, layout="amx", dtype=torch.bfloat16),
     "amx, block of 32": Case((700, 90), 3, 1, 96, 32, 32, layout="amx", dtype=torch.bfloat16),
     "amx, float16": Case((700, 90), 12, 4, 128, 64, 64, layout="amx"),
+    "vec, 8 query tokens, 3 heads": Case(
+        (1500, 513, 512, 40),
+        9,
+        3,
+        64,
+        16,
+        128,
+        6,
+        2,
+        query_lens=(8, 8, 4, 2),
+        layout="vec",
+        dtype=torch.bfloat16,
+    ),
+    "vec, 5 query tokens, 7 heads": Case(
+        (700, 515, 90), 28, 4, 128, 32, 128, query_lens=(5, 5, 5), following_pages=2, layout="vec"
+    ),
+    "vec16, 16 query tokens": Case(
+        (1100, 520, 16), 6, 6, 80, 16, 48, 7, 2, query_lens=(16, 16, 16), layout="vec16", dtype=torch.float32
+    ),
+    "amx, 8 query tokens, 4 heads": Case(
+        (1030, 517, 8), 8, 2, 64, 16, 128, 5, 2, query_lens=(8, 8, 8), layout="amx", dtype=torch.bfloat16
+    ),
+    "amx, float16, 3 query tokens": Case(
+        (700, 514, 90), 12, 4, 128, 64, 64, query_lens=(3, 3, 2), following_pages=1, layout="amx"
+    ),
     "long": Case((1, 512, 513, 1500, 2100), layout="vec", block_size=128, dtype=torch.float32, kept_pages=40),
 }
 

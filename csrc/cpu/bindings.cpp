@@ -69,15 +69,16 @@ const int32_t* int32_data(const Tensor& tensor, const char* name) {
 // Floats of workspace for rounds of `round_tokens` tokens; the sum of what carve_workspace hands
 // out.
 int64_t workspace_floats(int64_t round_tokens, int64_t num_heads, int64_t head_size,
-                         int64_t page_size) {
+                         int64_t page_size, int64_t max_query_len) {
   const int64_t splits = round_tokens / kSplitTokens;
   const int64_t pages = round_tokens / page_size;
-  return splits * num_heads * (kLogitsStride + head_size + 4) + 3 * pages;
+  return splits * num_heads * (kLogitsStride + 2 + max_query_len * (head_size + 2)) + 3 * pages;
 }
 
 Workspace carve_workspace(float* memory, const Problem& p) {
   const int64_t splits = p.round_tokens / kSplitTokens;
   const int64_t pages = p.round_tokens / p.page_size;
+  const int64_t partials = splits * p.max_query_len * p.num_heads;
   Workspace w;
   const auto take = [&memory](int64_t floats) {
     float* const taken = memory;
@@ -86,9 +87,9 @@ Workspace carve_workspace(float* memory, const Problem& p) {
   };
   w.page_keys = reinterpret_cast<uint64_t*>(take(2 * pages));
   w.logits = take(splits * p.num_heads * kLogitsStride);
-  w.partial_outputs = take(splits * p.num_heads * p.head_size);
-  w.partial_maxima = take(splits * p.num_heads);
-  w.partial_sums = take(splits * p.num_heads);
+  w.partial_outputs = take(partials * p.head_size);
+  w.partial_maxima = take(partials);
+  w.partial_sums = take(partials);
   w.row_maxima = take(splits * p.num_heads);
   w.row_log_sums = take(splits * p.num_heads);
   w.page_scores = take(pages);
@@ -98,16 +99,19 @@ Workspace carve_workspace(float* memory, const Problem& p) {
 void check_rows(const Problem& p, int64_t num_tokens, int64_t num_requests, int64_t table_width) {
   const int64_t capacity = std::min(p.round_tokens, table_width * p.block_size);
   for (int64_t i = 0; i < p.num_rows; ++i) {
-    STD_TORCH_CHECK(p.row_tokens[i] >= 0 && p.row_tokens[i] < num_tokens, "row ", i,
-                    ": token index out of range");
+    STD_TORCH_CHECK(p.query_len(i) >= 1 && p.query_len(i) <= p.max_query_len, "row ", i, ": ",
+                    p.query_len(i), " query tokens are not between 1 and ", p.max_query_len);
+    STD_TORCH_CHECK(p.row_tokens[i] >= 0 && p.row_tokens[i] + p.query_len(i) <= num_tokens, "row ",
+                    i, ": token index out of range");
     STD_TORCH_CHECK(p.row_requests[i] >= 0 && p.row_requests[i] < num_requests, "row ", i,
                     ": request index out of range");
-    STD_TORCH_CHECK(p.row_lengths[i] >= 1 && p.row_lengths[i] <= capacity, "row ", i, ": length ",
-                    p.row_lengths[i], " is not between 1 and ", capacity);
+    STD_TORCH_CHECK(p.row_lengths[i] >= p.query_len(i) && p.row_lengths[i] <= capacity, "row ", i,
+                    ": length ", p.row_lengths[i], " is not between ", p.query_len(i), " and ",
+                    capacity);
   }
 }
 
-// For what reads or writes a selection table of `width` pages a row.
+// For what reads or writes a selection table of `width` pages a row, those that follow not counted.
 void check_kept_pages(const Problem& p, int64_t width) {
   for (int64_t i = 0; i < p.num_rows; ++i) {
     if (p.keeps_all(i)) continue;
@@ -126,7 +130,8 @@ void check_kept_pages(const Problem& p, int64_t width) {
 
 Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                  const Tensor& row_tokens, const Tensor& row_requests, const Tensor& row_lengths,
-                 const Tensor& row_kept_pages, int64_t layout, double scale, double softcap,
+                 const Tensor& row_kept_pages, const std::optional<Tensor>& row_query_lens,
+                 int64_t max_query_len, int64_t layout, double scale, double softcap,
                  const std::optional<Tensor>& sinks, int64_t page_size, const Tensor& workspace,
                  const Tensor& output) {
   Problem p = {};
@@ -173,13 +178,18 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   p.block_table_stride = block_table.stride(0);
   p.num_rows = row_tokens.numel();
   STD_TORCH_CHECK(row_requests.numel() == p.num_rows && row_lengths.numel() == p.num_rows &&
-                      row_kept_pages.numel() == p.num_rows,
-                  "row_tokens, row_requests, row_lengths and row_kept_pages must have the same "
-                  "length");
+                      row_kept_pages.numel() == p.num_rows &&
+                      (!row_query_lens || row_query_lens->numel() == p.num_rows),
+                  "row_tokens, row_requests, row_lengths, row_kept_pages and row_query_lens must "
+                  "have the same length");
   p.row_tokens = int32_data(row_tokens, "row_tokens");
   p.row_requests = int32_data(row_requests, "row_requests");
   p.row_lengths = int32_data(row_lengths, "row_lengths");
   p.row_kept_pages = int32_data(row_kept_pages, "row_kept_pages");
+  if (row_query_lens) p.row_query_lens = int32_data(*row_query_lens, "row_query_lens");
+  STD_TORCH_CHECK(max_query_len >= 1 && max_query_len <= INT32_MAX,
+                  "max_query_len must be positive");
+  p.max_query_len = max_query_len;
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   if (sinks) {
@@ -191,60 +201,60 @@ Problem describe(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   p.page_size = page_size;
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.is_contiguous(),
                   "workspace must be a contiguous float32 tensor");
-  p.round_tokens = workspace.numel() /
-                   workspace_floats(kSplitTokens, p.num_heads, p.head_size, page_size) *
-                   kSplitTokens;
+  p.round_tokens =
+      workspace.numel() /
+      workspace_floats(kSplitTokens, p.num_heads, p.head_size, page_size, max_query_len) *
+      kSplitTokens;
   p.workspace = carve_workspace(static_cast<float*>(workspace.mutable_data_ptr()), p);
   return p;
 }
 
-// counters: int64 [3], rows, attended tokens, context tokens. Written here, by the code that has
-// just attended to them.
+// counters: int64 [3], query tokens, and the tokens that they attended to and that were there.
+// Written here, by the code that has just attended to them.
 void run_and_count(const Problem& p, const Tensor& counters) {
   STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3 &&
                       counters.is_contiguous(),
                   "counters must be int64 [3]");
   find_kernel(g_instruction_level)(p);
-  int64_t attended = 0, context = 0;
+  int64_t tokens = 0, attended = 0, context = 0;
   for (int64_t i = 0; i < p.num_rows; ++i) {
-    const int64_t length = p.row_lengths[i];
-    context += length;
-    if (!p.table_pages || p.keeps_all(i)) {
-      attended += length;
-      continue;
+    for (int64_t token = 0; token < p.query_len(i); ++token) {
+      attended += p.attended_tokens(i, token);
+      context += p.seen_tokens(i, token);
     }
-    const int64_t count = p.row_kept_pages[i];
-    const int64_t last = p.table_pages[i * p.table_stride + count - 1];
-    attended += (count - 1) * p.page_size + std::min(p.page_size, length - last * p.page_size);
+    tokens += p.query_len(i);
   }
   int64_t* const out = static_cast<int64_t*>(counters.mutable_data_ptr());
-  out[0] += p.num_rows;
+  out[0] += tokens;
   out[1] += attended;
   out[2] += context;
 }
 
 void full_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
-                    Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages, int64_t layout,
+                    Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages,
+                    std::optional<Tensor> row_query_lens, int64_t max_query_len, int64_t layout,
                     double scale, double softcap, std::optional<Tensor> sinks, Tensor workspace,
                     Tensor counters, Tensor output) {
-  const Problem p =
-      describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths, row_kept_pages,
-               layout, scale, softcap, sinks, kLanes, workspace, output);
+  const Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
+                             row_kept_pages, row_query_lens, max_query_len, layout, scale, softcap,
+                             sinks, kLanes, workspace, output);
   check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
   run_and_count(p, counters);
 }
 
 void selection_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
                          Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages,
+                         std::optional<Tensor> row_query_lens, int64_t max_query_len,
                          int64_t layout, double scale, double softcap, std::optional<Tensor> sinks,
                          int64_t page_size, int64_t recent_pages, int64_t sink_pages,
-                         Tensor workspace, Tensor counters, Tensor output, Tensor pages,
-                         std::optional<Tensor> scores) {
+                         int64_t following_pages, Tensor workspace, Tensor counters, Tensor output,
+                         Tensor pages, std::optional<Tensor> scores) {
   Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
-                       row_kept_pages, layout, scale, softcap, sinks, page_size, workspace, output);
+                       row_kept_pages, row_query_lens, max_query_len, layout, scale, softcap, sinks,
+                       page_size, workspace, output);
   check_rows(p, query.size(0), block_table.size(0), block_table.size(1));
-  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0,
-                  "recent_pages and sink_pages must not be negative");
+  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && following_pages >= 0,
+                  "recent_pages, sink_pages and following_pages must not be negative");
   int32_data(pages, "pages");
   STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows,
                   "pages must be [rows, most kept pages]");
@@ -252,7 +262,8 @@ void selection_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tens
   p.selected_stride = pages.stride(0);
   p.recent_pages = recent_pages;
   p.sink_pages = sink_pages;
-  check_kept_pages(p, pages.size(1));
+  p.following_pages = following_pages;
+  check_kept_pages(p, pages.size(1) - following_pages);
   if (scores) {
     int32_t longest = 0;
     for (int64_t i = 0; i < p.num_rows; ++i) longest = std::max(longest, p.row_lengths[i]);
@@ -268,11 +279,12 @@ void selection_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tens
 
 void sparse_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens,
                       Tensor row_requests, Tensor row_lengths, Tensor row_kept_pages,
-                      int64_t layout, double scale, double softcap, std::optional<Tensor> sinks,
-                      int64_t page_size, Tensor pages, Tensor workspace, Tensor counters,
-                      Tensor output) {
+                      std::optional<Tensor> row_query_lens, int64_t max_query_len, int64_t layout,
+                      double scale, double softcap, std::optional<Tensor> sinks, int64_t page_size,
+                      Tensor pages, Tensor workspace, Tensor counters, Tensor output) {
   Problem p = describe(query, kv_cache, block_table, row_tokens, row_requests, row_lengths,
-                       row_kept_pages, layout, scale, softcap, sinks, page_size, workspace, output);
+                       row_kept_pages, row_query_lens, max_query_len, layout, scale, softcap, sinks,
+                       page_size, workspace, output);
   STD_TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= p.num_rows,
                   "pages must be [rows, most kept pages]");
   p.table_pages = int32_data(pages, "pages");
@@ -282,20 +294,22 @@ void sparse_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor 
   run_and_count(p, counters);
 }
 
-// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [kept_pages].
-void select_pages_of(Tensor scores, int64_t recent_pages, int64_t sink_pages, Tensor pages) {
+// Page selection by itself, for tests: scores float32 [num_pages], pages int32 [kept_pages +
+// following_pages].
+void select_pages_of(Tensor scores, int64_t recent_pages, int64_t sink_pages,
+                     int64_t following_pages, Tensor pages) {
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
                   "scores must be contiguous float32");
   int32_data(pages, "pages");
-  const int64_t kept_pages = pages.numel();
+  const int64_t kept_pages = pages.numel() - following_pages;
   STD_TORCH_CHECK(pages.is_contiguous() && kept_pages < scores.numel(),
                   "pages must be contiguous, and fewer than scores");
-  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && kept_pages >= 1 &&
+  STD_TORCH_CHECK(recent_pages >= 0 && sink_pages >= 0 && following_pages >= 0 && kept_pages >= 1 &&
                       recent_pages + sink_pages <= kept_pages,
                   "the kept pages must hold the recent and the sink pages");
   std::vector<uint64_t> keys(scores.numel());
   select_pages(static_cast<const float*>(scores.const_data_ptr()), scores.numel(), kept_pages,
-               recent_pages, sink_pages, keys.data(),
+               recent_pages, sink_pages, following_pages, keys.data(),
                static_cast<int32_t*>(pages.mutable_data_ptr()));
 }
 
@@ -304,20 +318,25 @@ void select_pages_of(Tensor scores, int64_t recent_pages, int64_t sink_pages, Te
 
 #define DELTA_ROWS                                                                              \
   "Tensor query, Tensor kv_cache, Tensor block_table, Tensor row_tokens, Tensor row_requests, " \
-  "Tensor row_lengths, Tensor row_kept_pages, int layout, float scale, float softcap, "         \
-  "Tensor? sinks, "
+  "Tensor row_lengths, Tensor row_kept_pages, Tensor? row_query_lens, int max_query_len, "      \
+  "int layout, float scale, float softcap, Tensor? sinks, "
 
 STABLE_TORCH_LIBRARY(vllm_delta, m) {
   m.def("full_attention(" DELTA_ROWS
         "Tensor(a!) workspace, Tensor(b!) counters, Tensor(c!) output) -> ()");
   m.def("selection_attention(" DELTA_ROWS
-        "int page_size, int recent_pages, int sink_pages, Tensor(a!) workspace, "
-        "Tensor(b!) counters, Tensor(c!) output, Tensor(d!) pages, Tensor(e!)? scores) -> ()");
+        "int page_size, int recent_pages, int sink_pages, int following_pages, "
+        "Tensor(a!) workspace, Tensor(b!) counters, Tensor(c!) output, Tensor(d!) pages, "
+        "Tensor(e!)? scores) -> ()");
   m.def("sparse_attention(" DELTA_ROWS
         "int page_size, Tensor pages, Tensor(a!) workspace, Tensor(b!) counters, "
         "Tensor(c!) output) -> ()");
-  m.def("select_pages(Tensor scores, int recent_pages, int sink_pages, Tensor(a!) pages) -> ()");
-  m.def("workspace_floats(int round_tokens, int num_heads, int head_size, int page_size) -> int");
+  m.def(
+      "select_pages(Tensor scores, int recent_pages, int sink_pages, int following_pages, "
+      "Tensor(a!) pages) -> ()");
+  m.def(
+      "workspace_floats(int round_tokens, int num_heads, int head_size, int page_size, "
+      "int max_query_len) -> int");
   m.def("set_instruction_level(int level) -> int");
 }
 

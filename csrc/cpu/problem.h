@@ -3,6 +3,7 @@
 // Nothing here depends on PyTorch: kernels know pointers, strides and sizes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace vllm_delta {
@@ -19,7 +20,7 @@ constexpr int64_t kLogitsStride = kSplitTokens + 16;
 // Tokens that one vector holds. Pages and KV blocks are multiples of it.
 constexpr int64_t kLanes = 16;
 
-// Query heads that share one reading of the keys and values.
+// Query heads, of one token or of several, that share one reading of the keys and values.
 constexpr int64_t kMaxHeads = 8;
 
 // The largest head size; bounds the scratch memory on the stack.
@@ -38,17 +39,20 @@ enum class KVLayout {
 
 // Scratch memory of one call, carved out of one buffer by `carve_workspace` (bindings.cpp).
 struct Workspace {
-  float* partial_outputs;  // [splits, num_heads, head_size], not normalised
-  float* partial_maxima;   // [splits, num_heads]
-  float* partial_sums;     // [splits, num_heads]
-  float* row_maxima;       // [rows of a round, num_heads]
-  float* row_log_sums;     // [rows of a round, num_heads]
-  float* logits;           // [splits, num_heads, kLogitsStride]
-  float* page_scores;      // [pages of a round]
-  uint64_t* page_keys;     // [pages of a round]
+  // Of each row [its splits, num_kv_heads, its query tokens, query heads of a KV head]:
+  float* partial_outputs;  // and [head_size]; not normalised
+  float* partial_maxima;
+  float* partial_sums;
+  // Of the first query token of each row, which is the one that selects:
+  float* row_maxima;    // [rows of a round, num_heads]
+  float* row_log_sums;  // [rows of a round, num_heads]
+  float* logits;        // [splits, num_heads, kLogitsStride]
+  float* page_scores;   // [pages of a round]
+  uint64_t* page_keys;  // [pages of a round]
 };
 
-// One call: decode rows of one layer. A row is one query token; it sees `row_lengths[i]` tokens.
+// One call: decode rows of one layer. A row is one query token, or several neighbours; the last one
+// sees `row_lengths[i]` tokens, each of them one more than the one before.
 struct Problem {
   ElementType element_type;
   KVLayout layout;
@@ -65,6 +69,8 @@ struct Problem {
   const int32_t* block_table;  // [requests, blocks of a request]
   int64_t block_table_stride;
   const int32_t *row_tokens, *row_requests, *row_lengths;  // [num_rows]
+  const int32_t* row_query_lens;  // [num_rows] or null: one query token each
+  int64_t max_query_len;          // none has more
   // [num_rows]: pages that sparse layers keep of a row; one of as many or fewer keeps all
   const int32_t* row_kept_pages;
 
@@ -84,7 +90,7 @@ struct Problem {
   // all, it is not written.
   int32_t* selected_pages;
   int64_t selected_stride;
-  int64_t recent_pages, sink_pages;
+  int64_t recent_pages, sink_pages, following_pages;
   float* scores_out;  // [num_rows, scores_stride] or null: a copy of the page scores, for tests
   int64_t scores_stride;
 
@@ -95,6 +101,27 @@ struct Problem {
 
   // Whether sparse layers attend to all of a row's tokens, because they fit its budget.
   bool keeps_all(int64_t row) const { return row_pages(row) <= row_kept_pages[row]; }
+
+  bool reads_table(int64_t row) const { return table_pages && !keeps_all(row); }
+
+  int64_t query_len(int64_t row) const { return row_query_lens ? row_query_lens[row] : 1; }
+
+  // How many tokens one of a row's query tokens sees.
+  int64_t seen_tokens(int64_t row, int64_t token) const {
+    return row_lengths[row] - query_len(row) + 1 + token;
+  }
+
+  // How many it attends to. They are the first ones of those that the row's last token attends to,
+  // because a selection table is ascending.
+  int64_t attended_tokens(int64_t row, int64_t token) const {
+    const int64_t seen = seen_tokens(row, token);
+    if (!reads_table(row)) return seen;
+    const int32_t* pages = table_pages + row * table_stride;
+    int64_t count = row_kept_pages[row];
+    while (count > 0 && pages[count - 1] * page_size >= seen) --count;
+    if (count == 0) return 0;
+    return (count - 1) * page_size + std::min(page_size, seen - pages[count - 1] * page_size);
+  }
 };
 
 // Runs the whole problem on the threads of the current OpenMP pool.
@@ -112,8 +139,8 @@ void run(const Problem& problem);
 
 // Page selection (select.cpp), of more than `kept_pages` pages. `scores` [num_pages] are not
 // negative; NaN counts as 0. `keys` is scratch of the same size. Writes `kept_pages` pages in
-// ascending order.
+// ascending order, and behind them the `following_pages` behind the last one.
 void select_pages(const float* scores, int64_t num_pages, int64_t kept_pages, int64_t recent_pages,
-                  int64_t sink_pages, uint64_t* keys, int32_t* pages);
+                  int64_t sink_pages, int64_t following_pages, uint64_t* keys, int32_t* pages);
 
 }  // namespace vllm_delta

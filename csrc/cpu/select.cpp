@@ -1,4 +1,5 @@
-// Page selection: the recent and the sink pages, and the best of the others, in ascending order.
+// Page selection: the recent and the sink pages, and the best of the others, in ascending order;
+// then the pages that follow.
 
 #include <algorithm>
 #include <cstdint>
@@ -23,7 +24,7 @@ uint64_t page_key(float score, int64_t page) {
 }  // namespace
 
 void select_pages(const float* scores, int64_t num_pages, int64_t kept_pages, int64_t recent_pages,
-                  int64_t sink_pages, uint64_t* keys, int32_t* pages) {
+                  int64_t sink_pages, int64_t following_pages, uint64_t* keys, int32_t* pages) {
   int64_t count = 0;
   const auto keep = [&](int64_t first, int64_t end) {
     for (int64_t page = first; page < end; ++page) pages[count++] = static_cast<int32_t>(page);
@@ -41,7 +42,7 @@ void select_pages(const float* scores, int64_t num_pages, int64_t kept_pages, in
       if (page_key(scores[page], page) >= threshold) pages[count++] = static_cast<int32_t>(page);
     }
   }
-  keep(last, num_pages);
+  keep(last, num_pages + following_pages);
 }
 
 }  // namespace vllm_delta

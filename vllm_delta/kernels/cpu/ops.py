@@ -43,20 +43,27 @@ def load_library() -> None:
 
 
 def allocate_workspace(
-    max_length: int, num_heads: int, head_size: int, page_size: int = min(CPU.page_sizes)
+    max_length: int,
+    num_heads: int,
+    head_size: int,
+    page_size: int = min(CPU.page_sizes),
+    max_query_len: int = 1,
 ) -> Tensor:
     """Scratch memory for the functions below; one call at a time may use it.
 
-    Its size in floats, with w = max(`max_length`, 32768) rounded up to 512, H query heads and head size D:
-    ``w / 512 * H * (528 + D + 4) + 3 * w / page_size``. It does not grow with the number of rows, which
-    are processed in rounds of at most w tokens.
+    Its size in floats, with w = max(`max_length`, 32768) rounded up to 512, H query heads, head size D and
+    at most Q query tokens a row: ``w / 512 * H * (530 + Q * (D + 2)) + 3 * w / page_size``. It does not grow
+    with the number of rows, which are processed in rounds of at most w tokens. Rows whose `max_query_len` is
+    smaller have larger rounds.
 
     Returns:
         float32 ``[floats]``, uninitialised.
     """
     load_library()
     round_tokens = -(-max(max_length, ROUND_TOKENS) // SPLIT_TOKENS) * SPLIT_TOKENS
-    floats = torch.ops.vllm_delta.workspace_floats(round_tokens, num_heads, head_size, page_size)
+    floats = torch.ops.vllm_delta.workspace_floats(
+        round_tokens, num_heads, head_size, page_size, max_query_len
+    )
     return torch.empty(floats, dtype=torch.float32)
 
 
@@ -80,8 +87,9 @@ def full_attention(
         block_table: int32 ``[requests, blocks]``; columns behind a row's blocks are not read.
         rows: the rows to compute, none of them padding.
         parameters: scale, layout, soft cap and sinks.
-        workspace: from `allocate_workspace`, made for at least the longest row.
-        counters: int64 ``[3]``, to which rows, attended tokens and context tokens are added.
+        workspace: from `allocate_workspace`, made for at least the longest row and the rows' `max_query_len`.
+        counters: int64 ``[3]``, to which query tokens, and the tokens that they attended to and that were
+            there are added.
         output: as query; only the rows' tokens are written.
 
     Raises:
@@ -109,7 +117,8 @@ def selection_attention(
 
     Args:
         query: and all up to `output` as in `full_attention`. Each row's `kept_pages` is at least the rule's
-            recent and sink pages, and fits the table, unless the row keeps everything.
+            recent and sink pages, and fits the table with the rule's following pages behind it, unless the
+            row keeps everything. A row's first query token selects for all of them.
         rule: how pages are kept; any block size goes with any page size.
         table: written, one entry a row, in the order of `rows`.
         scores: float32 ``[rows, pages]``, filled with the page scores where given; costs time for rows that
@@ -123,6 +132,7 @@ def selection_attention(
         rule.page_size,
         rule.recent_pages,
         rule.sink_pages,
+        rule.following_pages,
         workspace,
         counters,
         output,
@@ -145,7 +155,8 @@ def sparse_attention(
 ) -> None:
     """A sparse layer: attention over the pages of the selection table alone.
 
-    Arguments as in `selection_attention`; `table` is read.
+    Arguments as in `selection_attention`; `table` is read, of each row its `kept_pages`. Those may have grown
+    by pages that have followed. A query token that sees none of the kept tokens has an output of 0.
 
     Raises:
         RuntimeError: a shape, dtype or index that does not fit, or a table made for other rows.
@@ -160,7 +171,9 @@ def sparse_attention(
     )
 
 
-def select_pages(scores: Tensor, kept_pages: int, recent_pages: int, sink_pages: int) -> Tensor:
+def select_pages(
+    scores: Tensor, kept_pages: int, recent_pages: int, sink_pages: int, following_pages: int = 0
+) -> Tensor:
     """The selection alone, for one row: `vllm_delta.method.reference.select_pages` as the kernels compute it.
 
     Args:
@@ -168,13 +181,14 @@ def select_pages(scores: Tensor, kept_pages: int, recent_pages: int, sink_pages:
         kept_pages: pages to keep.
         recent_pages: pages kept at the end.
         sink_pages: pages kept at the start.
+        following_pages: pages behind the last one that are named, too.
 
     Returns:
-        int32 ``[kept_pages]``, ascending.
+        int32 ``[kept_pages + following_pages]``, ascending.
     """
     load_library()
-    pages = torch.empty(kept_pages, dtype=torch.int32)
-    torch.ops.vllm_delta.select_pages(scores, recent_pages, sink_pages, pages)
+    pages = torch.empty(kept_pages + following_pages, dtype=torch.int32)
+    torch.ops.vllm_delta.select_pages(scores, recent_pages, sink_pages, following_pages, pages)
     return pages
 
 
@@ -193,6 +207,8 @@ def _row_arguments(
         rows.requests,
         rows.lengths,
         rows.kept_pages,
+        rows.query_lens,
+        rows.max_query_len,
         _LAYOUTS[parameters.layout],
         parameters.scale,
         parameters.softcap,
