@@ -140,9 +140,12 @@ class GPUBatch:
         return output.cpu(), counters.tolist()
 
     def pages(self) -> list[Tensor | None]:
-        """The kept pages of each row, int64 on the CPU; None of padding, and of rows that keep everything."""
+        """The kept and following pages of each row, int64 on the CPU; None where it keeps everything."""
         pages = self.table.pages.long().cpu()
+        following = self.case.following_pages
         return [
-            pages[row, : self.case.budgets[row]] if length and not keeps_all(self.case, row) else None
+            pages[row, : self.case.budgets[row] + following]
+            if length and not keeps_all(self.case, row)
+            else None
             for row, length in enumerate(self.case.lengths)
         ]

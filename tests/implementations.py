@@ -142,7 +142,7 @@ class Triton:
         """By the platform's limits."""
         of_size = case.head_size % limits.GPU.head_size_multiple == 0
         fits = case.head_size <= limits.GPU.largest_head_size and case.page_size in limits.GPU.page_sizes
-        later = case.query_lens or case.following_pages
+        later = case.query_lens
         return case.layout in limits.GPU.layouts and of_size and fits and not later
 
     def run(self, batch: Batch) -> Results:

@@ -196,8 +196,9 @@ def test_tokens_without_a_slot_are_not_written(sparse: bool) -> None:
         assert torch.equal(stored_keys, keys[token]) and torch.equal(stored_values, values[token])
 
 
+@pytest.mark.parametrize("following", [0, 3, 200])
 @pytest.mark.parametrize("num_pages", [5, 300, 2049, 5000, 9000])
-def test_select_pages(num_pages: int) -> None:
+def test_select_pages(num_pages: int, following: int) -> None:
     """Also rows of which too many pages are left when they are thinned out: of 9000 with ties, a third."""
     generator = torch.Generator().manual_seed(num_pages)
     rows, kept_pages = 5, [4, 3, 4, ALL_PAGES, 2]
@@ -206,22 +207,40 @@ def test_select_pages(num_pages: int) -> None:
     page_scores[2] *= 1e-30
     lengths = torch.full((rows,), num_pages * 16 - 3, dtype=torch.int32)
     index = torch.arange(rows, dtype=torch.int32, device=DEVICE)
-    blocks = -(-num_pages // 2)
+    blocks = -(-(num_pages + following) // 2)
     block_table = torch.randperm(rows * blocks, generator=generator).int().view(rows, -1)
-    table = SelectionTable.allocate(rows, 4, DEVICE, frames=True)
+    width = 4 + following
+    table = SelectionTable.allocate(rows, width, DEVICE, frames=True)
     table.pages.fill_(POISON)
     decode_rows = DecodeRows(index, index, lengths.to(DEVICE), torch.tensor(kept_pages).int().to(DEVICE))
     listed = torch.full((rows, SELECTION_WIDTH), POISON, dtype=torch.int32, device=DEVICE)
-    rule = SelectionRule(page_size=16, recent_pages=1, sink_pages=1)
+    rule = SelectionRule(page_size=16, recent_pages=1, sink_pages=1, following_pages=following)
     select_pages(page_scores.to(DEVICE), listed, decode_rows, block_table.to(DEVICE), 32, rule, table)
     for row, kept in enumerate(kept_pages):
-        expected = reference.select_pages(page_scores[row], kept, 1, 1)
+        expected = reference.select_pages(page_scores[row], kept, 1, 1, following)
         if kept == ALL_PAGES:
-            assert table.pages[row].tolist() == [POISON] * 4
+            assert table.pages[row].tolist() == [POISON] * width
             continue
         assert table.pages[row].tolist() == [*expected.tolist(), *[POISON] * (4 - kept)]
         frames = block_table[row][expected // 2] * 2 + expected % 2
-        assert table.frames[row, :kept].tolist() == frames.tolist()
+        assert table.frames[row, : kept + following].tolist() == frames.tolist()
+
+
+def test_no_page_follows_where_the_block_table_ends() -> None:
+    """A sequence of the greatest length does not grow: its block table is not read behind its end."""
+    batch = GPUBatch(Batch.random(Case((100, 100), kept_pages=3, following_pages=2, dtype=DTYPE)))
+    batch.block_table = batch.block_table[:, :8].contiguous()  # of 7 pages, and one more
+    batch.make_schedule()
+    batch.run("selection")
+    assert (batch.table.pages[:, 3:] == torch.tensor([7, POISON], device=DEVICE)).all()
+    table = SelectionTable.allocate(2, 2, DEVICE, frames=True)
+    arguments = (
+        batch.workspace,
+        torch.zeros(5, dtype=torch.int64, device=DEVICE),
+        torch.empty_like(batch.query),
+    )
+    with pytest.raises(ValueError, match="2 pages has no room for 2 following pages and kept ones"):
+        ops.selection_attention(batch.inputs, *arguments, table)
 
 
 def test_programs_fill_whole_waves() -> None:

@@ -13,6 +13,7 @@ class SelectionTable:
     """The pages that each row keeps, written by a selection layer and read by the sparse ones after it.
 
     The first `kept_pages` entries of a row count, ascending. A row that keeps everything has no entries.
+    Behind them the table may name pages that the row has not begun, see `SelectionRule.following_pages`.
     """
 
     #: int32 ``[capacity, most kept pages]``: pages of the sequence

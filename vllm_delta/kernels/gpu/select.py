@@ -3,7 +3,8 @@
 Scores are not negative, so their bits order as they do. Scans for a few bits each, from the highest bit in
 which scores differ, find the score of the last page that is kept among the others (neither recent nor sink)
 and how many of its equals are; they end early where all pages with the bits found so far are kept. A last
-scan writes the indices of the kept pages, ascending, of equal scores the lower ones first.
+scan writes the indices of the kept pages, ascending, of equal scores the lower ones first. Behind them come
+those of the pages that the row may yet grow into.
 
 The pages of a long row are thinned out before: of as many buckets as pages are kept, or more, each has a
 largest score, and no page below the least of these can be kept. Few are left, unless scores are very uneven.
@@ -71,8 +72,8 @@ def select_kernel(
     lengths_ptr,
     kept_pages_ptr,
     block_table_ptr,  # int32 [requests, blocks]
-    pages_ptr,  # int32 [rows, most kept pages]
-    frames_ptr,  # int32 [rows, most kept pages]
+    pages_ptr,  # int32 [rows, most kept and following pages]
+    frames_ptr,  # of the same shape
     listed_ptr,  # int32 [rows, WIDTH], scratch
     scores_stride,
     block_table_stride,
@@ -85,9 +86,13 @@ def select_kernel(
     BUCKETS: tl.constexpr,
     EDGE: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
+    FOLLOWING: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Keep `kept_pages` pages of a row that has more; what is behind them in the table stays as it was."""
+    """Keep `kept_pages` pages of a row that has more, and name as many as FOLLOWING behind its end.
+
+    What is behind these in the table stays as it was.
+    """
     row = tl.program_id(0)
     num_pages = tl.cdiv(tl.load(lengths_ptr + row), PAGE)
     kept_pages = tl.load(kept_pages_ptr + row)
@@ -192,10 +197,13 @@ def select_kernel(
         sink = start + edge
         mask = sink < sink_pages
         store_pages(sink, sink, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK)
-    for start in range(0, recent_pages, EDGE):
+    for start in range(0, recent_pages + FOLLOWING, EDGE):
         index = start + edge
         position = sink_pages + wanted + index
-        mask = index < recent_pages
+        mask = index < recent_pages + FOLLOWING
+        if FOLLOWING > 0:
+            # A sequence of the greatest length has no blocks behind its end.
+            mask = mask & ((end + index) // PAGES_PER_BLOCK < block_table_stride)
         store_pages(
             position, end + index, mask, pages_row_ptr, frames_row_ptr, block_row_ptr, PAGES_PER_BLOCK
         )
@@ -215,13 +223,13 @@ def select_pages(
     Args:
         scores: float32 ``[rows, pages]``, not negative; read up to each row's pages.
         listed: int32 ``[rows, SELECTION_WIDTH]``, scratch.
-        rows: the rows. Each one's `kept_pages` is at least the rule's recent and sink pages, and fits the
-            table, unless the row keeps everything.
-        block_table: int32 ``[requests, blocks]``.
+        rows: the rows. Each one's `kept_pages` is at least the rule's recent and sink pages and, with the
+            rule's following pages, fits the table, unless the row keeps everything.
+        block_table: int32 ``[requests, blocks]``, those of the following pages among them.
         block_size: tokens of a block.
         rule: how pages are kept.
         table: with frames, of at least as many rows; the first `kept_pages` entries of rows that have more
-            pages are written.
+            pages are written, and those of the following pages.
 
     Raises:
         ValueError: too small a table, or one without frames.
@@ -229,7 +237,12 @@ def select_pages(
     if len(rows) == 0:
         return
     table.check(len(rows))
-    most_wanted = table.pages.shape[1] - rule.recent_pages - rule.sink_pages
+    width = table.pages.shape[1]
+    if width <= rule.following_pages:
+        raise ValueError(
+            f"a table of {width} pages has no room for {rule.following_pages} following pages and kept ones"
+        )
+    most_wanted = width - rule.recent_pages - rule.sink_pages - rule.following_pages
     select_kernel[(len(rows),)](
         scores,
         rows.requests,
@@ -250,6 +263,7 @@ def select_pages(
         BUCKETS=min(next_power_of_2(max(1, most_wanted)), SELECTION_WIDTH // 4),
         EDGE=128,
         DIGIT_BITS=DIGIT_BITS,
+        FOLLOWING=rule.following_pages,
         num_warps=8,
         **dependent_launch(scores.device),
     )
