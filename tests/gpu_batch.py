@@ -56,6 +56,7 @@ class GPUBatch:
             page_size=case.page_size,
             logit_tokens=case.logit_tokens,
             device=DEVICE,
+            max_query_len=self.rows.max_query_len,
         )
         self.workspace.logits.fill_(0x7FFF)
         for buffer in ("logit_maxima", "scores", "partial", "partial_lse", "lse"):

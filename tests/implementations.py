@@ -142,15 +142,14 @@ class Triton:
         """By the platform's limits."""
         of_size = case.head_size % limits.GPU.head_size_multiple == 0
         fits = case.head_size <= limits.GPU.largest_head_size and case.page_size in limits.GPU.page_sizes
-        later = case.query_lens
-        return case.layout in limits.GPU.layouts and of_size and fits and not later
+        return case.layout in limits.GPU.layouts and of_size and fits
 
     def run(self, batch: Batch) -> Results:
-        """All layers, the sparse one by frames and by pages, and, unless fp8, appending tokens."""
+        """All layers, the sparse one by frames and by pages, and appending tokens where kernels do that."""
         gpu = GPUBatch(batch)
         gpu.make_schedule()
         cache, logits = gpu.kv_cache.clone(), gpu.workspace.logits.clone()
-        append = not batch.case.fp8
+        append = not batch.case.fp8 and batch.rows.max_query_len == 1
         full, full_counters = gpu.run("full", append=append)
         assert torch.equal(gpu.workspace.logits, logits), "a full layer stored logits"
         selection, selection_counters = gpu.run("selection", append=append)
@@ -161,8 +160,8 @@ class Triton:
         assert_same(gpu.kv_cache.float(), cache.float())
         assert not bool(gpu.workspace.arrived.any())
         case = batch.case
-        everything = sum(case.budgets[row] > 1 << 30 for row in case.real_rows)
-        within = sum(keeps_all(case, row) for row in case.real_rows) - everything
+        everything = sum(case.tokens_of(row) for row in case.real_rows if case.budgets[row] > 1 << 30)
+        within = sum(case.tokens_of(row) for row in case.real_rows if keeps_all(case, row)) - everything
         assert full_counters[3:] == selection_counters[3:] == [0, 0]
         assert sparse_counters[3:] == [everything, within]
         assert gpu.full_counters.tolist()[:3] == [2 * count for count in full_counters[:3]]

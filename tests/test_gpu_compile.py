@@ -25,12 +25,12 @@ OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 #: Launches of a step of three layers, as `compile_all` makes them: how often each kernel is compiled.
 EXPECTED = {
-    "schedule_kernel": 3,
-    "attention_kernel": 10,
-    "combine_kernel": 9,
-    "score_logits_kernel": 3,
-    "score_keys_kernel": 1,
-    "select_kernel": 3,
+    "schedule_kernel": 6,
+    "attention_kernel": 16,
+    "combine_kernel": 15,
+    "score_logits_kernel": 6,
+    "score_keys_kernel": 2,
+    "select_kernel": 6,
 }
 
 
@@ -59,18 +59,39 @@ def compile_all() -> None:
     from triton.runtime.jit import JITFunction
 
     from vllm_delta.kernels.gpu import device, ops, schedule, scores, workspace
+    from vllm_delta.kernels.gpu.tuning import Tuning, shared_bytes
 
     def launch(kernel, *args, grid, warmup, **kwargs):
         names = kernel.arg_names
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         values = dict(zip(names, args, strict=False)) | kwargs
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        constants |= {name: None for name in names if values[name] is None}
         if "DISCARD" in constants:
             constants["DISCARD"] = True  # as on a GPU
         signature = {name: "constexpr" if name in constants else kind(values[name]) for name in names}
-        source = ASTSource(kernel, signature, {(names.index(name),): constants[name] for name in constants})
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        source = ASTSource(
+            kernel,
+            signature,
+            {(names.index(name),): constants[name] for name in constants},
+            {place: [["tt.divisibility", 16]] for name in names for place in aligned(name, names, values)},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print("compiled", kernel.__name__, flush=True)
+        if "TILE" in constants and "WHOLE" in constants:
+            shape, kind_of = constants["SHAPE"], constants["KIND"]
+            key_bytes = shape.D_PAD * kind_of.COMPUTE.primitive_bitwidth // 8
+            tuning = Tuning(constants["TILE"], options["num_warps"], options["num_stages"], 1)
+            columns = shape.BAND_COLUMNS if shape.TOKENS > 1 else 0
+            assert compiled.metadata.shared <= shared_bytes(tuning, key_bytes, columns)
+
+    def aligned(name, names, values):
+        value, place = values[name], names.index(name)
+        if isinstance(value, torch.Tensor):
+            return [(place,)]
+        if isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
+            return [(place, index) for index in range(len(value))]
+        return []
 
     def kind(value):
         if isinstance(value, tuple):
@@ -81,6 +102,8 @@ def compile_all() -> None:
         return "fp32" if isinstance(value, float) else "i32"
 
     plain = Case((200, 0), dtype=torch.bfloat16, head_size=128)
+    several = {"query_lens": (8,), "recent_pages": 2, "head_size": 128, "dtype": torch.bfloat16}
+    bands = {"query_lens": (16,), "following_pages": 2, "fp8": True, "softcap": 5.0, "logit_tokens": 0}
     fp8 = Case((200,), dtype=torch.bfloat16, head_size=96, fp8=True, softcap=5.0, sinks=True, logit_tokens=0)
 
     def have(multiprocessors):
@@ -99,6 +122,17 @@ def compile_all() -> None:
         have(4)  # which two rows fill without being cut
         batch = GPUBatch(Batch.random(plain))
         batch.run("sparse", append=True)
+        have(132)
+        stack.enter_context(mock.patch.object(schedule, "shared_memory", lambda device: 232448))
+        for case in (
+            Case((200,), 28, 4, **several),
+            Case((200,), 32, 8, **several),
+            Case((200,), 64, 8, **several | bands),
+        ):
+            batch = GPUBatch(Batch.random(case))
+            batch.make_schedule()
+            for layer in ("selection", "sparse"):
+                batch.run(layer)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from vllm_delta.kernels.gpu.device import SideStream
 from vllm_delta.kernels.gpu.l2 import set_aside_l2
 from vllm_delta.kernels.gpu.select import select_pages
 from vllm_delta.kernels.gpu.shape import LayerShape
-from vllm_delta.kernels.gpu.tuning import MIN_TILE, Tuning, choose_tuning
+from vllm_delta.kernels.gpu.tuning import MIN_TILE, Tuning, choose_tuning, shared_bytes
 from vllm_delta.kernels.gpu.workspace import SELECTION_WIDTH
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method import reference
@@ -52,6 +52,12 @@ def test_tiles_fit_the_shared_memory() -> None:
         tuning = choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse)
         assert tuning.num_stages * tuning.tile * 2 * key_bytes < shared_memory
         assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2
+        for columns in (8, 16, 32, 64):
+            if columns * key_bytes > 64 * 256:
+                continue
+            tuning = choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse, columns=columns)
+            assert shared_bytes(tuning, key_bytes, columns) <= shared_memory
+            assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2 and not tuning.whole
     with pytest.raises(ValueError, match="need more shared memory than 101376 bytes"):
         choose_tuning(1024, 1, 101376, 132, sparse=False)
     with pytest.raises(ValueError, match="no kernel for keys of 2048 bytes"):
@@ -88,6 +94,63 @@ def test_full_layers_of_few_rows_are_run() -> None:
     for not_measured in (most(dataclasses.replace(shape, head_size=64)), most(shape, 4)):
         assert not_measured == 0
     assert most(shape, hopper=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "query_len", "bands", "columns"),
+    [
+        (LayerShape(28, 4, 128), 1, 1, 8),
+        (LayerShape(28, 4, 128), 2, 1, 16),
+        (LayerShape(28, 4, 128), 8, 1, 64),
+        (LayerShape(32, 8, 128), 8, 1, 32),
+        (LayerShape(12, 2, 128), 5, 1, 32),
+        (LayerShape(64, 8, 128), 16, 2, 64),
+        (LayerShape(28, 4, 128), 17, 2, 64),
+        (LayerShape(28, 4, 128), 19, 3, 64),
+        (LayerShape(16, 2, 256), 5, 2, 32),
+        (LayerShape(16, 16, 64), 4, 1, 8),
+        (LayerShape(128, 1, 128), 1, 1, 128),
+        (LayerShape(128, 1, 128), 3, 3, 128),
+    ],
+)
+def test_query_tokens_are_cut_into_bands(shape: LayerShape, query_len: int, bands: int, columns: int) -> None:
+    kernel_shape = shape.for_kernels(SelectionRule(16, 1, 0), 16, query_len)
+    assert (shape.bands(query_len), kernel_shape.BAND_COLUMNS) == (bands, columns)
+    assert (bands - 1) * kernel_shape.BAND < query_len <= bands * kernel_shape.BAND
+    assert shape.programs_per_split(query_len) == shape.num_kv_heads * bands
+
+
+#: Rows whose last tile, page or split the first query tokens do not see, rows of as many tokens, and fewer.
+SEVERAL = (
+    Case((130, 257, 0, 8, 129), query_lens=(8, 3, 1, 8, 1), recent_pages=2),
+    Case((140, 70), 8, 1, query_lens=(16, 4), recent_pages=2, kept_pages=5),  # two bands
+    Case((300, 40), 6, 2, 32, 1, 16, kept_pages=20, recent_pages=5, query_lens=(5, 5), following_pages=2),
+    Case((264, 129), 6, 2, 256, query_lens=(8, 7), recent_pages=2, sinks=True),
+    Case((150, 133), fp8=True, softcap=5.0, query_lens=(3, 2), recent_pages=2, logit_tokens=0),
+)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 16])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_query_tokens(case: Case, multiprocessors: int) -> None:
+    """On a GPU of few multiprocessors, and of so many that rows are cut into splits of a tile or two."""
+    with stand_in(multiprocessors):
+        check_case(dataclasses.replace(case, dtype=DTYPE))
+
+
+def test_query_tokens_are_read_from_memory() -> None:
+    """What was compiled for a number of tokens holds for rows that have fewer, as in a graph."""
+    case = Case((130, 200, 97), query_lens=(5, 5, 5), recent_pages=2, dtype=DTYPE)
+    gpu = GPUBatch(Batch.random(case))
+    for query_lens in ((1, 5, 3), (5, 2, 1)):
+        batch = Batch.random(dataclasses.replace(case, query_lens=query_lens))
+        part = GPUBatch(batch)
+        part.rows = dataclasses.replace(part.rows, max_query_len=5)
+        part.workspace, part.schedule = gpu.workspace, gpu.schedule
+        part.make_schedule()
+        results = [part.run(kind) for kind in ("full", "selection", "sparse")]
+        outputs, counters = zip(*results, strict=True)
+        check(batch, Results(*outputs, part.pages(), *(counts[:3] for counts in counters)), TRITON.precision)
 
 
 @pytest.mark.parametrize("multiprocessors", [11, 6])
@@ -316,6 +379,26 @@ def test_too_many_rows_are_refused() -> None:
         ops.selection_attention(many.inputs, many.workspace, counters, output, few.table)
 
 
+@pytest.mark.parametrize(
+    ("most", "change", "message"),
+    [
+        (4, {}, "5 query tokens are more than the workspace's 4"),
+        (5, {"appended": (torch.zeros(12, 2, 64),) * 3}, "of several query tokens must be in the cache"),
+        (5, {"rule": SelectionRule(16, 1, 1)}, "1 recent pages of 16 may not hold 5 query tokens"),
+        (5, {"rule": SelectionRule(1, 4, 1)}, "4 recent pages of 1 may not hold 5 query tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_several_query_tokens_is_refused(most: int, change: dict, message: str) -> None:
+    batch = GPUBatch(Batch.random(Case((70, 40), query_lens=(5, 5), recent_pages=2, dtype=DTYPE)))
+    batch.make_schedule()
+    workspace = dataclasses.replace(batch.workspace, max_query_len=most)
+    inputs = dataclasses.replace(batch.inputs, **change)
+    counters, output = torch.zeros(5, dtype=torch.int64, device=DEVICE), torch.empty_like(batch.query)
+    with pytest.raises(ValueError, match=message):
+        ops.sparse_attention(inputs, workspace, counters, output, batch.table, same_blocks=True)
+
+
 # KV heads, query heads of each, head size, page size, pages of a block, type
 SHAPES = [
     (1, 1, 64, 16, 2, torch.float16),
@@ -335,7 +418,10 @@ SHAPES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 def test_random_batches(index: int) -> None:
-    """1,000 batches in all, of 1 to 20k tokens, mixed and padded, with a budget for each row."""
+    """1,000 batches in all, of 1 to 20k tokens, mixed and padded, with a budget for each row.
+
+    In more than half of them rows have several query tokens, in some the table names pages behind the end.
+    """
     kv_heads, queries, head_size, page_size, pages_per_block, dtype = SHAPES[index]
     generator = torch.Generator().manual_seed(index)
 
@@ -347,9 +433,16 @@ def test_random_batches(index: int) -> None:
         lengths = [0 if pick(0, 1, 1, 1, 1) == 0 else int(10**exponent) for exponent in exponents.tolist()]
         lengths[0] = max(lengths[0], 1)
         recent, sink = pick(0, 1, max(1, 128 // page_size)), pick(0, 1)
+        most, query_lens = pick(1, 1, 1, 2, 5, 8, 16), ()
+        if most > 1:
+            recent = max(recent, -(-(most - 1) // page_size) + 1)
+            query_lens = tuple(pick(1, most // 2, most, most) for _ in lengths)
+            lengths = [length and length + most - 1 for length in lengths]
         budgets = [max(3 + recent, tokens // page_size) for tokens in (256, 1024, 2048)]
         case = Case(
             tuple(lengths),
+            query_lens=query_lens,
+            following_pages=pick(0, 0, 2),
             num_heads=kv_heads * queries,
             num_kv_heads=kv_heads,
             head_size=head_size,
@@ -406,9 +499,12 @@ class Captured:
         blocks, width = batch.kv_cache.shape[0], batch.block_table.shape[1]
         gpu.kv_cache[:blocks].copy_(batch.kv_cache.to(DEVICE))
         gpu.block_table[:, :width].copy_(batch.block_table)
-        gpu.query.copy_(batch.query)
+        tokens = len(batch.query)
+        gpu.query[:tokens].copy_(batch.query)
         for part in dataclasses.fields(DecodeRows):
-            getattr(gpu.rows, part.name).copy_(getattr(batch.rows, part.name))
+            own = getattr(gpu.rows, part.name)
+            if isinstance(own, torch.Tensor):
+                own.copy_(getattr(batch.rows, part.name))
         for output in self.outputs:
             output.fill_(NAN)
         self.counters.zero_()
@@ -416,7 +512,9 @@ class Captured:
         self.graph.replay()
         counters = self.counters.tolist()
         return Results(
-            *(output.cpu() for output in self.outputs), gpu.pages(), *(counts[:3] for counts in counters)
+            *(output[:tokens].cpu() for output in self.outputs),
+            gpu.pages(),
+            *(counts[:3] for counts in counters),
         )
 
 
@@ -429,6 +527,24 @@ def test_captured_graph_runs_with_other_batches(beside: bool) -> None:
     captured = Captured(Batch.random(case), side)
     for seed, lengths in enumerate([(3000, 17, 4096, 900), (0, 4096, 1, 2100), (5000, 5000, 0, 0)]):
         batch = Batch.random(dataclasses.replace(case, lengths=lengths, seed=seed))
+        check(batch, captured.replay(batch), TRITON.precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(14, 2), (8, 2), (16, 1)], ids=str)
+def test_captured_graph_follows_query_tokens(heads: tuple[int, int]) -> None:
+    """A graph captured for rows of 8 tokens, replayed over rows that have fewer."""
+    options = {"head_size": 128, "kept_pages": 32, "recent_pages": 2, "following_pages": 1}
+    case = Case((5000,) * 4, *heads, query_lens=(8,) * 4, logit_tokens=1 << 14, dtype=DTYPE, **options)
+    captured = Captured(Batch.random(case))
+    for seed, (lengths, query_lens) in enumerate(
+        [
+            ((3000, 17, 4096, 900), (8, 8, 8, 8)),
+            ((0, 4096, 1, 2100), (1, 3, 1, 8)),
+            ((4990, 4990, 0, 0), (5, 1, 8, 1)),
+        ]
+    ):
+        batch = Batch.random(dataclasses.replace(case, lengths=lengths, query_lens=query_lens, seed=seed))
         check(batch, captured.replay(batch), TRITON.precision)
 
 

@@ -9,6 +9,8 @@ captured graph runs with any lengths:
 - `scores`: logits to page scores;
 - `select`: page scores to the selection table.
 
+A row may have several query tokens, which read its keys and values together: `queries`.
+
 A launcher stands beside its kernel. `ops` puts them together into the three kinds of layers. `layer` is what
 a launch reads, `shape` what it is compiled for, `workspace` its scratch memory; `device` and `tuning` are
 what it asks of the GPU. Everything is tested against `vllm_delta.method.reference`.

@@ -10,7 +10,10 @@ The tokens are all of the row's, or those of the selection table's pages. A toke
 by side in the cache. The row's own, its last, may be given apart: then they are written to the cache first.
 Splits are combined by a launch of its own or, where most rows have one, by the last program that is done.
 
-A selection layer leaves its logits behind, as `logits` says.
+A row's several query tokens are attended to in one reading of the keys and values, or in one for each band
+of them. Each sees the tokens up to itself, see `queries`. Their keys and values are in the cache before.
+
+A selection layer leaves its logits behind, as `logits` says; of several query tokens, those of one.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from vllm_delta.kernels.gpu.combine import combine, combine_splits, count_row
 from vllm_delta.kernels.gpu.device import dependent_launch
 from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.logits import LOG2_E, encode_distance, scaled_logits
-from vllm_delta.kernels.gpu.paging import (
-    entry_offsets,
-    kept_tokens,
-    load_entries,
+from vllm_delta.kernels.gpu.paging import entry_offsets, kept_tokens, load_entries, load_vectors
+from vllm_delta.kernels.gpu.queries import (
+    LOWEST_LOGIT,
+    first_columns,
     load_queries,
-    load_vectors,
+    ordered_token,
+    seen_tokens,
 )
 from vllm_delta.kernels.gpu.schedule import NO_ROW, load_row_splits, load_split
 from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides
@@ -48,6 +52,7 @@ def attention_kernel(
     splits_ptr,  # int32 [splits, SPLIT_FIELDS], see `load_split`
     row_splits_ptr,  # int32 [rows, ROW_FIELDS], see `load_row_splits`; read where WHOLE, as the next ones
     kept_pages_ptr,  # int32 [rows]
+    query_lens_ptr,  # int32 [rows], see `DecodeRows`; None where rows have one query token each
     counters_ptr,  # see `count_row`
     sinks_ptr,  # [H]
     arrived_ptr,  # int32 [rows, KV_HEADS], zeros
@@ -76,29 +81,49 @@ def attention_kernel(
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One split of one row, for the query heads of one KV head.
+    """One split of one row, for the query heads of one KV head, and the query tokens of one band.
 
     With WHOLE, a split that is a whole row is stored as the output; of several, the last program to arrive
-    combines them. Then nothing else has to be launched. Not for a quantised cache.
+    combines them. Then nothing else has to be launched. Not for a quantised cache, nor for several query
+    tokens: what they accumulate leaves no room for more tiles in flight.
 
     With PDL, what is read of splits and tables is read while the launch ahead of this one ends, so that must
     not be the one that writes them.
     """
-    tl.static_assert(not (WHOLE and KIND.QUANTIZED))
+    several: tl.constexpr = SHAPE.TOKENS > 1
+    bands: tl.constexpr = (SHAPE.TOKENS + SHAPE.BAND - 1) // SHAPE.BAND
+    tl.static_assert(not (WHOLE and (KIND.QUANTIZED or several)))
+    tl.static_assert(not (several and (APPEND or (SPARSE and not SHAPE.KEEPS_LAST))))
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
+    if several:
+        first_index = kv_head % bands * SHAPE.BAND  # of its query tokens, see `ordered_token`
+        kv_head = kv_head // bands
     row, begin, end, token_of_row, request, table_end, logit_tile, length = load_split(splits_ptr, split)
     if row == NO_ROW:
         if PDL:
             tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
         return
+    if several:
+        query_len = tl.load(query_lens_ptr + row)
+        if bands > 1:
+            if first_index >= query_len:
+                if PDL:
+                    tl.extra.cuda.gdc_wait()
+                return
 
     heads: tl.constexpr = SHAPE.H // SHAPE.KV_HEADS
-    columns: tl.constexpr = SHAPE.COLUMNS
+    columns: tl.constexpr = SHAPE.BAND_COLUMNS
     dims: tl.constexpr = SHAPE.D_PAD
     column = tl.arange(0, columns)
-    head = kv_head * heads + column
-    has_head = column < heads
+    if several:
+        head = kv_head * heads + column % heads
+        index = first_index + column // heads
+        query_token = ordered_token(index, query_len)
+        has_head = (column < SHAPE.BAND * heads) & (index < query_len)
+    else:
+        head = kv_head * heads + column
+        has_head = column < heads
     dim = tl.arange(0, dims)
     has_dim = dim < SHAPE.D
     all_dims: tl.constexpr = SHAPE.D == SHAPE.D_PAD
@@ -133,7 +158,10 @@ def attention_kernel(
         new_key = tl.load(k_ptr + dim, mask=dim < new_dims)
         new_value = tl.load(v_ptr + dim, mask=dim < new_dims)
     query_row_ptr = query_ptr + token_of_row * query_strides.token
-    q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_strides.head).to(KIND.COMPUTE)
+    query_offset = head * query_strides.head
+    if several:
+        query_offset += query_token * query_strides.token
+    q = load_queries(query_row_ptr, query_offset, has_head, dim, has_dim).to(KIND.COMPUTE)
     if KIND.QUANTIZED:
         scale = scale * tl.load(scale_ptrs[0]) * tl.load(scale_ptrs[1])
     if APPEND:
@@ -144,6 +172,11 @@ def attention_kernel(
         tl.store(token_ptr + SHAPE.D + dim, new_value, mask=dim < new_dims)
         tl.debug_barrier()  # other threads of the program read them
     logit_columns = tl.where((logit_tile >= 0) & (keeps_logits != 0), SHAPE.QUERIES, 0)
+    logit_column = tl.arange(0, SHAPE.COLUMNS)
+    if several:
+        seen_end = tl.minimum(end, seen_tokens(tl.where(selected, table_end, length), query_len, query_token))
+        if bands > 1:
+            logit_columns = tl.where(first_index == 0, logit_columns, 0)
 
     maximum = tl.full([columns], -float("inf"), tl.float32)
     totals = tl.zeros([TILE, columns], tl.float32)  # of each place in a tile, summed up at the end
@@ -161,8 +194,12 @@ def attention_kernel(
             token + TILE, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, SHAPE.PAGE, SHAPE.BLOCK
         )
         x = scaled_logits(tl.dot(k, q, input_precision="ieee"), scale, softcap, KIND.SOFTCAP)
-        x = tl.where((token < end)[:, None], x, -float("inf"))
-        tile_maximum = tl.max(x, 0)
+        if several:
+            x = tl.where(token[:, None] < seen_end[None, :], x, -float("inf"))
+            tile_maximum = tl.maximum(tl.max(x, 0), LOWEST_LOGIT)
+        else:
+            x = tl.where((token < end)[:, None], x, -float("inf"))
+            tile_maximum = tl.max(x, 0)
         new_maximum = tl.maximum(maximum, tile_maximum)
         probability = tl.exp2(x - new_maximum[None, :])
         decay = tl.exp2(maximum - new_maximum)
@@ -174,26 +211,34 @@ def attention_kernel(
             tile = (logit_tile + start // SHAPE.LOGIT_TILE).to(tl.int64)
             subtile = tile * (SHAPE.LOGIT_TILE // TILE) + start % SHAPE.LOGIT_TILE // TILE
             place = (tile * SHAPE.KV_HEADS + kv_head) * SHAPE.LOGIT_TILE + token % SHAPE.LOGIT_TILE
+            if several:
+                x = first_columns(x, SHAPE.COLUMNS)
+                tile_maximum = tl.reshape(
+                    first_columns(tile_maximum[None, :], SHAPE.COLUMNS), (SHAPE.COLUMNS,)
+                )
             tl.store(
-                logits_ptrs[0] + place[:, None] * SHAPE.QUERIES + column[None, :],
+                logits_ptrs[0] + place[:, None] * SHAPE.QUERIES + logit_column[None, :],
                 encode_distance((tile_maximum + 1.0)[None, :] - x),
-                mask=(column < logit_columns)[None, :],
+                mask=(logit_column < logit_columns)[None, :],
                 eviction_policy="evict_last",  # until they are scored
             )
             tl.store(
-                logits_ptrs[1] + (subtile * SHAPE.KV_HEADS + kv_head) * SHAPE.QUERIES + column,
+                logits_ptrs[1] + (subtile * SHAPE.KV_HEADS + kv_head) * SHAPE.QUERIES + logit_column,
                 tile_maximum,
-                mask=column < logit_columns,
+                mask=logit_column < logit_columns,
                 eviction_policy="evict_last",
             )
 
     total = tl.sum(totals, 0)
-    if SPARSE and not SHAPE.KEEPS_LAST:
+    if several or (SPARSE and not SHAPE.KEEPS_LAST):
         total = tl.where(total == 0.0, 1.0, total)  # of no tokens: zeros of no weight
     result = tl.trans(accumulated / total[None, :])
     lse = maximum + tl.log2(total)
     mask = has_head[:, None] & has_dim[None, :]
-    part_slot = split.to(tl.int64) * SHAPE.H + head
+    if several:
+        part_slot = (split.to(tl.int64) * SHAPE.TOKENS + query_token) * SHAPE.H + head
+    else:
+        part_slot = split.to(tl.int64) * SHAPE.H + head
     part_ptrs = partial_ptrs[0] + part_slot[:, None] * SHAPE.D + dim[None, :]
     if not WHOLE:
         tl.store(part_ptrs, result, mask=mask)
@@ -221,7 +266,7 @@ def attention_kernel(
                 if SPARSE and not SHAPE.KEEPS_LAST:
                     if selected:
                         attended = kept_tokens(table_row_ptr, table_end // SHAPE.PAGE, length, SHAPE.PAGE)
-                count_row(counters_ptr, kept_pages_ptr + row, attended, length, SPARSE)
+                count_row(counters_ptr, kept_pages_ptr + row, 1, attended, length, SPARSE)
 
 
 def attend(
@@ -240,22 +285,22 @@ def attend(
     `keeps_logits` leaves the logits for the scores, `frames` says that the table's frames hold for this
     layer's block table, `dependent` lets the launch begin before the one ahead ends.
     """
-    inputs.check(workspace.max_rows, output)
+    inputs.check(workspace, output, sparse=table is not None)
     if len(inputs.rows) == 0:
         return
     query, shape, sparse = inputs.query, inputs.kernel_shape, table is not None
     frames = frames and shape.KEEPS_LAST
     # What a layer does not read needs some tensor in its place.
     entries = inputs.rows.lengths if table is None else table.entries(frames=frames)
-    key, value, _ = inputs.new_tokens
     tuning = inputs.tuning(sparse=sparse)
-    attention_kernel[(inputs.most_splits(tuning), shape.KV_HEADS)](
+    attention_kernel[(inputs.most_splits(tuning), inputs.programs_per_split)](
         query,
         inputs.kv_cache,
         inputs.block_table,
         entries,
         *inputs.schedule.of(sparse=sparse),
         inputs.rows.kept_pages,
+        inputs.query_lens,
         counters,
         inputs.sinks_or(workspace.lse),
         workspace.arrived,
@@ -267,7 +312,7 @@ def attend(
         inputs.parameters.scale,
         inputs.parameters.softcap,
         int(keeps_logits),
-        *map(TokenStrides.of, (query, output, key, value)),
+        *map(TokenStrides.of, (query, output, *inputs.new_tokens[:2])),
         CacheStrides.of(inputs.kv_cache),
         inputs.block_table.stride(0),
         entries.stride(0),

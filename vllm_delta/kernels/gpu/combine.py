@@ -15,6 +15,7 @@ from vllm_delta.kernels.gpu.device import dependent_launch
 from vllm_delta.kernels.gpu.layer import LayerInputs
 from vllm_delta.kernels.gpu.logits import LOG2_E
 from vllm_delta.kernels.gpu.paging import kept_tokens
+from vllm_delta.kernels.gpu.queries import all_seen_tokens, ordered_token
 from vllm_delta.kernels.gpu.schedule import load_row_splits
 from vllm_delta.kernels.gpu.shape import TokenStrides
 from vllm_delta.kernels.gpu.workspace import Workspace
@@ -62,31 +63,33 @@ def combine_splits(
 def count_row(
     counters_ptr,  # int64 [5]: rows, attended, context tokens, rows with `ALL_PAGES`, within their budget
     kept_pages_ptr,  # of the row
-    attended,
+    query_len,
+    attended,  # tokens, by all of the row's query tokens, as is the next
     length,
     SPARSE: tl.constexpr,
 ):
-    """Count a row of this layer; the last two columns in sparse layers."""
-    tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    """Count each query token of a row of this layer as a row; the last two columns in sparse layers."""
+    tl.atomic_add(counters_ptr, query_len, sem="relaxed")
     tl.atomic_add(counters_ptr + 1, attended.to(tl.int64), sem="relaxed")
     tl.atomic_add(counters_ptr + 2, length.to(tl.int64), sem="relaxed")
     if SPARSE and attended == length:
         column = tl.where(tl.load(kept_pages_ptr) == _ALL_PAGES, 3, 4)
-        tl.atomic_add(counters_ptr + column, 1, sem="relaxed")
+        tl.atomic_add(counters_ptr + column, query_len, sem="relaxed")
 
 
 @triton.jit(do_not_specialize_on_alignment=["lengths_ptr", "kept_pages_ptr", "pages_ptr"])
 def combine_kernel(
-    partial_ptrs,  # float32 [splits, H, D] and [splits, H]: outputs, logarithms of sums to base 2
+    partial_ptrs,  # float32 [splits, TOKENS, H, D], outputs, and [splits, TOKENS, H], log2 of sums
     lengths_ptr,  # int32 [rows]
     kept_pages_ptr,  # int32 [rows]
     row_splits_ptr,  # int32 [rows, ROW_FIELDS], see `load_row_splits`
+    query_lens_ptr,  # int32 [rows], see `DecodeRows`; None where rows have one query token each
     pages_ptr,  # int32 [rows, kept pages]; read where not KEEPS_LAST
     counters_ptr,  # see `count_row`
     sinks_ptr,  # [H] or unused
     v_scale_ptr,
     output_ptr,  # [tokens, H, D]
-    lse_ptr,  # float32 [rows, H], base 2
+    lse_ptr,  # float32 [rows, H], base 2, of the query tokens that choose
     output_strides,  # `TokenStrides`
     pages_stride,
     H: tl.constexpr,
@@ -95,15 +98,24 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     PAGE: tl.constexpr,
     KEEPS_LAST: tl.constexpr,
+    TOKENS: tl.constexpr,
     SPARSE: tl.constexpr,
     SINKS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row and query head: the splits' outputs, weighted; a row without splits is padding."""
+    """One row, query head and query token: the splits' outputs, weighted; a row without splits is padding."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     first, count, token, attended = load_row_splits(row_splits_ptr, row)
+    slots: tl.constexpr = TOKENS * H  # of a split
+    column = head  # of these
+    if TOKENS > 1:
+        query_token = tl.program_id(2)
+        query_len = tl.load(query_lens_ptr + row)
+        count = tl.where(query_token < query_len, count, 0)
+        token += query_token
+        column += query_token * H
     if PDL:
         tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on the splits, too
         if not SPARSE:
@@ -122,7 +134,7 @@ def combine_kernel(
     accumulated = tl.zeros([D_PAD], tl.float32)
     for start in range(0, count, SPLITS):
         has = start + index < count
-        slot = (first + start + index).to(tl.int64) * H + head
+        slot = (first + start + index).to(tl.int64) * slots + column
         lse = tl.load(partial_ptrs[1] + slot, mask=has, other=-float("inf"))
         part = tl.load(
             partial_ptrs[0] + slot[:, None] * D + dim[None, :],
@@ -141,15 +153,24 @@ def combine_kernel(
     output_ptrs = output_ptr + token * output_strides.token + head * output_strides.head + dim
     tl.store(output_ptrs, result, mask=has_dim)
     if not SPARSE:
-        tl.store(lse_ptr + row * H + head, maximum + tl.log2(total))
-    if head == 0:
+        if TOKENS > 1:
+            chooses = query_token == ordered_token(0, query_len)
+            tl.store(lse_ptr + row * H + head, maximum + tl.log2(total), mask=chooses)
+        else:
+            tl.store(lse_ptr + row * H + head, maximum + tl.log2(total))
+    if column == 0:
         length = tl.load(lengths_ptr + row)
         if SPARSE and not KEEPS_LAST:
             kept_pages = tl.load(kept_pages_ptr + row)
             if tl.cdiv(length, PAGE) > kept_pages:
                 pages_row_ptr = pages_ptr + row.to(tl.int64) * pages_stride
                 attended = kept_tokens(pages_row_ptr, kept_pages, length, PAGE)
-        count_row(counters_ptr, kept_pages_ptr + row, attended, length, SPARSE)
+        if TOKENS > 1:
+            attended = all_seen_tokens(attended, query_len)
+            length = all_seen_tokens(length, query_len)
+            count_row(counters_ptr, kept_pages_ptr + row, query_len, attended, length, SPARSE)
+        else:
+            count_row(counters_ptr, kept_pages_ptr + row, 1, attended, length, SPARSE)
 
 
 def combine(
@@ -158,11 +179,12 @@ def combine(
     """Launch the combination of what `attention_kernel` left; arguments as there."""
     rows, shape, kind, sparse = inputs.rows, inputs.shape, inputs.kind, table is not None
     pages = rows.lengths if table is None else table.pages
-    combine_kernel[(len(rows), shape.num_heads)](
+    combine_kernel[(len(rows), shape.num_heads, inputs.query_len)](
         workspace.partials,
         rows.lengths,
         rows.kept_pages,
         inputs.schedule.of(sparse=sparse)[1],
+        inputs.query_lens,
         pages,
         counters,
         inputs.sinks_or(workspace.lse),
@@ -177,6 +199,7 @@ def combine(
         SPLITS=COMBINED_ELEMENTS // shape.padded_head_size,
         PAGE=inputs.rule.page_size,
         KEEPS_LAST=inputs.kernel_shape.KEEPS_LAST,
+        TOKENS=inputs.query_len,
         SPARSE=sparse,
         SINKS=kind.SINKS,
         QUANTIZED=kind.QUANTIZED,

@@ -8,9 +8,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from vllm_delta.kernels.gpu.schedule import Schedule, programs, tunings
+from vllm_delta.kernels.gpu.schedule import Schedule, most_query_tokens, programs, tunings
 from vllm_delta.kernels.gpu.shape import AttentionKind, KernelShape, LayerShape
 from vllm_delta.kernels.gpu.tuning import Tuning
+from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.limits import GPU
 from vllm_delta.method.attention import AttentionParameters
 from vllm_delta.method.rows import DecodeRows, SelectionRule
@@ -37,7 +38,7 @@ class LayerInputs:
     #: key and value of each token of the query, ``[tokens, num_kv_heads, head_size]`` each, contiguous in the
     #: last dimension, and each token's slot, int64 ``[tokens]``: its block times the block size, plus its
     #: place there; negative: not to be written. The layer writes those of the rows' tokens, which have to be
-    #: their sequences' last, to the cache. None: they are there
+    #: their sequences' last, to the cache. None: they are there, as those of several query tokens have to be
     appended: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -54,7 +55,22 @@ class LayerInputs:
     @property
     def kernel_shape(self) -> KernelShape:
         """The layer's sizes as one constant."""
-        return self.shape.for_kernels(self.rule, self.kv_cache.shape[2])
+        return self.shape.for_kernels(self.rule, self.kv_cache.shape[2], self.query_len)
+
+    @property
+    def query_len(self) -> int:
+        """Query tokens of a row, at most."""
+        return most_query_tokens(self.rows)
+
+    @property
+    def query_lens(self) -> Tensor | None:
+        """Query tokens of each row, where it may have several."""
+        return self.rows.query_lens if self.query_len > 1 else None
+
+    @property
+    def programs_per_split(self) -> int:
+        """Programs that attend to a split."""
+        return self.shape.programs_per_split(self.query_len)
 
     @property
     def kind(self) -> AttentionKind:
@@ -81,8 +97,8 @@ class LayerInputs:
         """The layer's sinks, or some tensor in their place."""
         return other if self.parameters.sinks is None else self.parameters.sinks
 
-    def check(self, max_rows: int, output: Tensor) -> None:
-        """Raise `ValueError` for what does not fit together; `max_rows` is the workspace's."""
+    def check(self, workspace: Workspace, output: Tensor, *, sparse: bool) -> None:
+        """Raise `ValueError` for what does not fit together, or not into the workspace."""
         _, num_kv_heads, block_size, width = self.kv_cache.shape
         _, num_heads, head_size = self.query.shape
         if width != 2 * head_size or num_heads % num_kv_heads:
@@ -99,14 +115,30 @@ class LayerInputs:
                 raise ValueError("query, cache, output, new keys and values must be contiguous in a head")
         if any(part.shape[1] != num_kv_heads for part in new):
             raise ValueError(f"new keys and values must have {num_kv_heads} heads")
-        if len(self.rows) > max_rows:
-            raise ValueError(f"{len(self.rows)} rows are more than the workspace's {max_rows}")
+        if len(self.rows) > workspace.max_rows:
+            raise ValueError(f"{len(self.rows)} rows are more than the workspace's {workspace.max_rows}")
+        if self.query_len > 1:
+            self._check_several(workspace, sparse=sparse)
+
+    def _check_several(self, workspace: Workspace, *, sparse: bool) -> None:
+        """The same, about several query tokens."""
+        most, rule = self.query_len, self.rule
+        if most > workspace.max_query_len:
+            raise ValueError(f"{most} query tokens are more than the workspace's {workspace.max_query_len}")
+        if self.appended is not None:
+            raise ValueError("keys and values of several query tokens must be in the cache")
+        # Of the last page there may be a single token. Tokens are masked by their place among the kept ones.
+        if sparse and (rule.recent_pages - 1) * rule.page_size + 1 < most:
+            raise ValueError(
+                f"{rule.recent_pages} recent pages of {rule.page_size} may not hold {most} query tokens"
+            )
 
     def tuning(self, *, sparse: bool) -> Tuning:
         """The settings that the layer's schedule was made with."""
-        return tunings(self.shape, self.dtype.itemsize, len(self.rows), self.query.device)[sparse]
+        rows, device = len(self.rows), self.query.device
+        return tunings(self.shape, self.dtype.itemsize, rows, device, self.query_len)[sparse]
 
     def most_splits(self, tuning: Tuning) -> int:
         """The most splits that the rows may be cut into."""
         rows = len(self.rows)
-        return rows + programs(rows, self.shape.num_kv_heads, tuning, self.query.device)
+        return rows + programs(rows, self.programs_per_split, tuning, self.query.device)

@@ -1,7 +1,8 @@
 """The three kinds of layers on a GPU, as functions on tensors.
 
 A step's rows come in launches of at most `Workspace.max_rows`. Each launch has a `Schedule`, made once a step
-by `make_schedule` and used by every layer. All buffers are allocated once, and keep their addresses.
+by `make_schedule` and used by every layer. All buffers are allocated once, and keep their addresses. What is
+launched depends on the number of rows and on `DecodeRows.max_query_len`; the rest is read from memory.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def selection_attention(
         inputs: what is read.
         workspace: scratch.
         counters: int64 ``[5]``: rows, attended tokens, context tokens, rows with `ALL_PAGES`, rows within
-            their budget; the last two count in sparse layers.
+            their budget; the last two count in sparse layers. Each query token counts as a row.
         output: ``[tokens, num_heads, head_size]``; the rows' tokens are written.
-        table: with frames, of at least as many rows; is written.
+        table: with frames, of at least as many rows, with room for kept and following pages; is written.
         just_scheduled: whether `make_schedule` may have been the launch before this one, or a side stream
             was joined.
         side: where pages are chosen, if given, while the model goes on: to be joined before the next layer
@@ -86,7 +87,8 @@ def sparse_attention(
 ) -> None:
     """A sparse layer: attention over the pages of the selection table; arguments as above.
 
-    `same_blocks` says that the selection layer had the same block table, so that page frames hold.
+    `same_blocks` says that the selection layer had the same block table, so that page frames hold. Of several
+    query tokens, the recent pages have to hold all.
     """
     table.check(len(inputs.rows))
     attend(inputs, workspace, counters, output, table, frames=same_blocks, dependent=not just_scheduled)
@@ -99,7 +101,10 @@ def page_scores(inputs: LayerInputs, workspace: Workspace) -> None:
 
 
 def most_full_rows(shape: LayerShape, itemsize: int, device: torch.device) -> int:
-    """Rows up to which full layers should run with `full_attention`, not FlashAttention 3; 0 for none."""
+    """Rows up to which full layers should run with `full_attention`, not FlashAttention 3; 0 for none.
+
+    For rows of one query token: with several it has not been measured.
+    """
     if shape.quantized or not has_dependent_launch(device):
         return 0
     units = most_full_units(shape.padded_head_size * itemsize, multiprocessors(device))

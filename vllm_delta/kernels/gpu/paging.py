@@ -1,4 +1,4 @@
-"""Where tokens lie in the paged KV cache, and loading their keys, values and queries."""
+"""Where tokens lie in the paged KV cache, and loading their keys and values."""
 
 from __future__ import annotations
 
@@ -69,13 +69,3 @@ def load_vectors(ptrs, mask, ALL: tl.constexpr):
     else:
         vectors = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
     return vectors
-
-
-@triton.jit
-def load_queries(query_row_ptr, head, has_head, dim, has_dim, stride_head):
-    """The queries of one KV head, ``[D_PAD, COLUMNS]``, zero where there is none."""
-    return tl.load(
-        query_row_ptr + head[None, :] * stride_head + dim[:, None],
-        mask=has_head[None, :] & has_dim[:, None],
-        other=0.0,
-    )

@@ -5,6 +5,8 @@ With ``tiles[r]`` the tiles of row r and P programs wanted per KV head, a split 
 Where that makes more than P splits and P exceeds the number of rows, ``w = ceil(sum(tiles) / (P - rows))``
 makes at most P. There are at most ``rows + P`` splits, which is the grid of every kernel that works on
 splits, whatever the lengths are. One long row among short ones gets most of the splits.
+
+Several query tokens of a row are work for one program, or one each for bands of them: they change P alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from vllm_delta.kernels.gpu.device import multiprocessors, shared_memory
 from vllm_delta.kernels.gpu.logits import LOGIT_TILE
+from vllm_delta.kernels.gpu.queries import all_seen_tokens
 from vllm_delta.kernels.gpu.shape import LayerShape, next_power_of_2, tensor_bytes
 from vllm_delta.kernels.gpu.tuning import Tuning, choose_tuning
 from vllm_delta.kernels.gpu.workspace import Workspace, most_programs
@@ -70,8 +73,8 @@ def load_split(splits_ptr, index):
     """A split's record.
 
     Its row (`NO_ROW`: there is no such split), its first token and its end; of the row, the index of its
-    token in the query, of its request in the block table, the tokens that come from the selection table (all
-    or 0), the first tile of its logits (or `NO_LOGITS` or `NO_ROOM`), its length.
+    first token in the query, of its request in the block table, the tokens that come from the selection table
+    (all or 0), the first tile of its logits (or `NO_LOGITS` or `NO_ROOM`), its length.
     """
     record_ptr = splits_ptr + index * SPLIT_FIELDS
     row = tl.load(record_ptr)
@@ -89,8 +92,8 @@ def load_split(splits_ptr, index):
 def load_row_splits(row_splits_ptr, row):
     """The record of a row's splits.
 
-    Its first split, the number of its splits, the index of its token in the query, and the tokens that it
-    attends to (at most, in sparse layers without recent pages).
+    Its first split, the number of its splits, the index of its first token in the query, and the tokens that
+    its last token attends to (at most, in sparse layers without recent pages).
     """
     record_ptr = row_splits_ptr + row * ROW_FIELDS
     first = tl.load(record_ptr)
@@ -103,13 +106,20 @@ def load_row_splits(row_splits_ptr, row):
 # The number of rows changes from step to step: no variants by its value, nor by the pointers' alignment.
 @triton.jit(
     do_not_specialize=["num_rows"],
-    do_not_specialize_on_alignment=["tokens_ptr", "requests_ptr", "lengths_ptr", "kept_pages_ptr"],
+    do_not_specialize_on_alignment=[
+        "tokens_ptr",
+        "requests_ptr",
+        "lengths_ptr",
+        "kept_pages_ptr",
+        "query_lens_ptr",
+    ],
 )
 def schedule_kernel(
-    tokens_ptr,  # int32 [rows], as the three below: see `DecodeRows`
+    tokens_ptr,  # int32 [rows], as the four below: see `DecodeRows`
     requests_ptr,
     lengths_ptr,
     kept_pages_ptr,
+    query_lens_ptr,  # or None where rows have one query token each
     splits_ptr,  # int32 [2, splits, SPLIT_FIELDS], see `load_split`
     row_splits_ptr,  # int32 [2, capacity, ROW_FIELDS], see `load_row_splits`
     full_counters_ptr,  # int64 [3]: rows, attended tokens, context tokens of the full layers
@@ -126,6 +136,7 @@ def schedule_kernel(
     SPARSE_TILE: tl.constexpr,
     LOGIT_TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    SEVERAL: tl.constexpr,
 ):
     """Programs (0, i) schedule the selection layers, (1, i) the sparse ones: each stores some splits."""
     is_sparse = tl.program_id(0)
@@ -153,8 +164,13 @@ def schedule_kernel(
         programs = programs_full
         tokens = length
         if part == 0:
-            context = tl.sum(length.to(tl.int64), 0)
-            tl.atomic_add(full_counters_ptr, full_layers * tl.sum((length > 0).to(tl.int64), 0))
+            if SEVERAL:
+                query_len = tl.where(length > 0, tl.load(query_lens_ptr + row, mask=valid, other=0), 0)
+                context = tl.sum(all_seen_tokens(length, query_len).to(tl.int64), 0)
+                tl.atomic_add(full_counters_ptr, full_layers * tl.sum(query_len.to(tl.int64), 0))
+            else:
+                context = tl.sum(length.to(tl.int64), 0)
+                tl.atomic_add(full_counters_ptr, full_layers * tl.sum((length > 0).to(tl.int64), 0))
             tl.atomic_add(full_counters_ptr + 1, full_layers * context)
             tl.atomic_add(full_counters_ptr + 2, full_layers * context)
 
@@ -218,26 +234,28 @@ def make_schedule(
         workspace: whose logits are given out.
         rule: how pages are kept.
         full_counters: int64 ``[>= 3]``: rows, attended and context tokens, to which the step's full layers
-            are added, where they run elsewhere.
+            are added, where they run elsewhere; each query token counts as a row.
         full_layers: their number.
     """
     if len(rows) == 0:
         return
-    device = rows.lengths.device
-    selecting, sparse = tunings(shape, itemsize, len(rows), device)
+    device, query_len = rows.lengths.device, most_query_tokens(rows)
+    selecting, sparse = tunings(shape, itemsize, len(rows), device, query_len)
+    programs_per_split = shape.programs_per_split(query_len)
     schedule_kernel[(2, SCHEDULE_PROGRAMS)](
         rows.tokens,
         rows.requests,
         rows.lengths,
         rows.kept_pages,
+        rows.query_lens if query_len > 1 else None,
         schedule.splits,
         schedule.row_splits,
         full_counters,
         len(rows),
         schedule.splits.shape[1],
         schedule.row_splits.shape[1],
-        programs(len(rows), shape.num_kv_heads, selecting, device),
-        programs(len(rows), shape.num_kv_heads, sparse, device),
+        programs(len(rows), programs_per_split, selecting, device),
+        programs(len(rows), programs_per_split, sparse, device),
         workspace.logit_capacity(shape),
         full_layers,
         rule.page_size,
@@ -246,20 +264,29 @@ def make_schedule(
         SPARSE_TILE=sparse.tile,
         LOGIT_TILE=LOGIT_TILE,
         ROWS=max(16, next_power_of_2(workspace.max_rows)),
+        SEVERAL=query_len > 1,
         num_warps=4,
     )
 
 
-def tunings(shape: LayerShape, itemsize: int, rows: int, device: torch.device) -> tuple[Tuning, Tuning]:
-    """Settings of selection and of sparse layers, for so many rows."""
-    key_bytes, units = shape.padded_head_size * itemsize, rows * shape.num_kv_heads
+def most_query_tokens(rows: DecodeRows) -> int:
+    """Query tokens of a row, at most: what kernels are compiled for."""
+    return 1 if rows.query_lens is None else rows.max_query_len
+
+
+def tunings(
+    shape: LayerShape, itemsize: int, rows: int, device: torch.device, query_len: int = 1
+) -> tuple[Tuning, Tuning]:
+    """Settings of selection and of sparse layers, for so many rows of up to `query_len` query tokens."""
+    key_bytes, units = shape.padded_head_size * itemsize, rows * shape.programs_per_split(query_len)
     limits = shared_memory(device), multiprocessors(device)
+    columns = shape.band_columns(-(-query_len // shape.bands(query_len))) if query_len > 1 else None
     return (
-        choose_tuning(key_bytes, units, *limits, sparse=False),
-        choose_tuning(key_bytes, units, *limits, sparse=True, quantized=shape.quantized),
+        choose_tuning(key_bytes, units, *limits, sparse=False, columns=columns),
+        choose_tuning(key_bytes, units, *limits, sparse=True, quantized=shape.quantized, columns=columns),
     )
 
 
-def programs(rows: int, num_kv_heads: int, tuning: Tuning, device: torch.device) -> int:
-    """Programs per KV head that the schedule aims at."""
-    return tuning.programs_per_head(rows, num_kv_heads, multiprocessors(device))
+def programs(rows: int, programs_per_split: int, tuning: Tuning, device: torch.device) -> int:
+    """Splits that the schedule aims at: programs per KV head and band of query tokens."""
+    return tuning.programs_per_head(rows, programs_per_split, multiprocessors(device))

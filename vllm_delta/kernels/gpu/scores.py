@@ -2,8 +2,9 @@
 
     s[t] = max_h p[h, t] = 2^(max_h (x[h, t] - L2[h]))          score[page] = sum of s[t] over its tokens
 
-with x as in `attention` and L2 as in `combine`. Rows whose logits had no room are scored from the keys, which
-gives the same and reads the keys a second time.
+with x as in `attention` and L2 as in `combine`, of the query token that chooses. A token that it does not see
+has no score, or one of 2^-127 where logits tell of no greater distance. Rows whose logits had no room are
+scored from the keys, which gives the same and reads the keys a second time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from vllm_delta.kernels.gpu.logits import (
     load_codes,
     scaled_logits,
 )
-from vllm_delta.kernels.gpu.paging import entry_offsets, load_entries, load_queries, load_vectors
+from vllm_delta.kernels.gpu.paging import entry_offsets, load_entries, load_vectors
+from vllm_delta.kernels.gpu.queries import load_queries, ordered_token, seen_tokens
 from vllm_delta.kernels.gpu.schedule import NO_ROOM, NO_ROW, load_split
 from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides, next_power_of_2
 from vllm_delta.kernels.gpu.tuning import Tuning
@@ -110,6 +112,7 @@ def score_keys_kernel(
     splits_ptr,  # int32 [splits, SPLIT_FIELDS], see `load_split`
     lse_ptr,  # float32 [rows, H], base 2
     scores_ptr,  # float32 [rows, pages]
+    query_lens_ptr,  # int32 [rows], see `DecodeRows`; None where rows have one query token each
     scale_ptrs,  # factors of query, key and value; read where QUANTIZED
     scale,
     softcap,
@@ -127,6 +130,7 @@ def score_keys_kernel(
         return
     heads: tl.constexpr = SHAPE.H // SHAPE.KV_HEADS
     all_dims: tl.constexpr = SHAPE.D == SHAPE.D_PAD
+    several: tl.constexpr = SHAPE.TOKENS > 1
     column = tl.arange(0, SHAPE.COLUMNS)
     has_head = column < heads
     dim = tl.arange(0, SHAPE.D_PAD)
@@ -134,6 +138,12 @@ def score_keys_kernel(
     position = tl.arange(0, TILE)
     if KIND.QUANTIZED:
         scale = scale * tl.load(scale_ptrs[0]) * tl.load(scale_ptrs[1])
+    seen_end = end
+    if several:
+        query_len = tl.load(query_lens_ptr + row)
+        chosen_by = ordered_token(0, query_len)
+        token_of_row += chosen_by
+        seen_end = tl.minimum(end, seen_tokens(length, query_len, chosen_by))
     query_row_ptr = query_ptr + token_of_row * query_strides.token
     block_row_ptr = block_table_ptr + request * block_table_stride
     scores_row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
@@ -147,13 +157,15 @@ def score_keys_kernel(
         for kv_head in range(SHAPE.KV_HEADS):
             head = kv_head * heads + column
             head_offset = (tl.zeros([], tl.int64) + kv_head) * cache_strides.head
-            q = load_queries(query_row_ptr, head, has_head, dim, has_dim, query_strides.head).to(KIND.COMPUTE)
+            q = load_queries(query_row_ptr, head * query_strides.head, has_head, dim, has_dim).to(
+                KIND.COMPUTE
+            )
             k_ptrs = cache_ptr + head_offset + offsets[:, None] + dim[None, :]
             k = load_vectors(k_ptrs, has_dim[None, :], all_dims).to(KIND.COMPUTE)
             x = scaled_logits(tl.dot(k, q, input_precision="ieee"), scale, softcap, KIND.SOFTCAP)
             lse = tl.load(lse_ptr + row * SHAPE.H + head, mask=has_head, other=float("inf"))
             best = tl.maximum(best, tl.max(x - lse[None, :], 1))
-        store_page_scores(best, token < end, scores_row_ptr, start, length, SHAPE.PAGE, TILE)
+        store_page_scores(best, token < seen_end, scores_row_ptr, start, length, SHAPE.PAGE, TILE)
 
 
 def score_logits(inputs: LayerInputs, workspace: Workspace, *, dependent: bool = True) -> None:
@@ -195,6 +207,7 @@ def score_keys(inputs: LayerInputs, workspace: Workspace) -> None:
         inputs.schedule.splits,
         workspace.lse,
         workspace.scores,
+        inputs.query_lens,
         inputs.scales,
         parameters.scale,
         parameters.softcap,

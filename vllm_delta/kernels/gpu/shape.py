@@ -11,6 +11,13 @@ from torch import Tensor
 from vllm_delta.kernels.gpu.logits import LOGIT_TILE
 from vllm_delta.method.rows import SelectionRule
 
+#: Columns of the matrix products of a program with several query tokens, at most.
+MOST_COLUMNS = 64
+
+#: Numbers that such a program accumulates, padded head size times columns, at most: 64 for each of the
+#: threads of four warps.
+MOST_ACCUMULATED = 8192
+
 
 class KernelShape(NamedTuple):
     """Sizes that kernels are compiled for, as one constant."""
@@ -35,6 +42,12 @@ class KernelShape(NamedTuple):
     LOGIT_TILE: int
     #: whether a row's last page, which may be partial, is always kept
     KEEPS_LAST: bool
+    #: query tokens of a row, at most
+    TOKENS: int
+    #: those of them that a program attends for
+    BAND: int
+    #: columns of such a program, one for each of its tokens and heads, padded to a power of two
+    BAND_COLUMNS: int
 
 
 class AttentionKind(NamedTuple):
@@ -97,8 +110,29 @@ class LayerShape:
         """Query heads, with those of each KV head padded to a power of two."""
         return self.num_kv_heads * self.padded_queries
 
-    def for_kernels(self, rule: SelectionRule, block_size: int) -> KernelShape:
-        """As one constant."""
+    def band_columns(self, tokens: int) -> int:
+        """Columns of a program that attends for so many query tokens of a row."""
+        return max(8, self.padded_queries, next_power_of_2(tokens * self.num_heads // self.num_kv_heads))
+
+    def bands(self, query_len: int) -> int:
+        """Programs that share the up to `query_len` query tokens of a row, as evenly as they can.
+
+        The fewest with `MOST_COLUMNS` columns and `MOST_ACCUMULATED` numbers or fewer, or else with a token
+        each. Each of them reads the keys and values.
+        """
+        if query_len == 1:
+            return 1
+        most = min(MOST_COLUMNS, MOST_ACCUMULATED // self.padded_head_size)
+        fitting = [tokens for tokens in range(1, query_len + 1) if self.band_columns(tokens) <= most]
+        return -(-query_len // max(fitting, default=1))
+
+    def programs_per_split(self, query_len: int) -> int:
+        """Programs that attend to a split of rows of up to `query_len` query tokens."""
+        return self.num_kv_heads * self.bands(query_len)
+
+    def for_kernels(self, rule: SelectionRule, block_size: int, query_len: int = 1) -> KernelShape:
+        """As one constant, for rows of up to `query_len` query tokens."""
+        band = -(-query_len // self.bands(query_len))
         return KernelShape(
             H=self.num_heads,
             KV_HEADS=self.num_kv_heads,
@@ -110,6 +144,9 @@ class LayerShape:
             BLOCK=block_size,
             LOGIT_TILE=LOGIT_TILE,
             KEEPS_LAST=rule.recent_pages > 0,
+            TOKENS=query_len,
+            BAND=band,
+            BAND_COLUMNS=self.band_columns(band),
         )
 
 

@@ -33,6 +33,8 @@ class Workspace:
     max_rows: int
     #: tokens of a sequence, at most
     max_length: int
+    #: query tokens of a row, at most
+    max_query_len: int
     #: int16: the logits of selection layers, in tiles of ``padded_heads * LOGIT_TILE``
     logits: Tensor
     #: float32: the largest logit of each tile of the attention kernel and head
@@ -60,20 +62,21 @@ class Workspace:
         page_size: int,
         logit_tokens: int,
         device: torch.device | str,
+        max_query_len: int = 1,
     ) -> Workspace:
         """Allocate for layers of the given shapes.
 
         Bytes, with r = `max_rows` (as `launch_rows` gives it), H query heads (H' with each KV head's padded
-        to a power of two, at least 2), D the head size, T the least tile of the attention kernel and
-        P = programs * waves * multiprocessors / KV heads: logits ``(2 + 4 / T) H' logit_tokens``, page scores
-        ``4 r max_length / page_size`` and ``8192 r``, splits ``4 H (D + 1) (r + P)``, and ``4 r (H + K)``
-        with K KV heads.
+        to a power of two, at least 2), D the head size, T the least tile of the attention kernel,
+        q = `max_query_len` and P = programs * waves * multiprocessors / KV heads: logits
+        ``(2 + 4 / T) H' logit_tokens``, page scores ``4 r max_length / page_size`` and ``8192 r``, splits
+        ``4 q H (D + 1) (r + P)``, and ``4 r (H + K)`` with K KV heads.
         """
         heads = max(shape.num_heads for shape in shapes)
         kv_heads = max(shape.num_kv_heads for shape in shapes)
         padded_heads = max(shape.padded_heads for shape in shapes)
         tiles = -(-logit_tokens // LOGIT_TILE)
-        partial = max(
+        partial = max_query_len * max(
             (max_rows + most_programs(shape.num_kv_heads, device)) * shape.num_heads * shape.head_size
             for shape in shapes
         )
@@ -85,6 +88,7 @@ class Workspace:
         return cls(
             max_rows=max_rows,
             max_length=max_length,
+            max_query_len=max_query_len,
             logits=empty(tiles * LOGIT_TILE * padded_heads, dtype=torch.int16),
             logit_maxima=empty(tiles * LOGIT_TILE // MIN_TILE * padded_heads),
             scores=empty(max_rows, -(-max_length // page_size)),
