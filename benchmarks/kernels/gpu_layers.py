@@ -46,8 +46,8 @@ class Layers:
     compact_table: Tensor
 
     @classmethod
-    def make(cls, case: Case, shape: LayerShape) -> Layers:
-        """Random caches and queries, and a selection made from them."""
+    def make(cls, case: Case, shape: LayerShape, query_len: int = 1) -> Layers:
+        """Random caches and queries, `query_len` of each row, and a selection made from them."""
         config = DeltaConfig()
         batch, context = case.batch, case.context
         token_bytes = shape.num_kv_heads * shape.head_size * 4
@@ -58,14 +58,13 @@ class Layers:
         size = (batch * blocks_per_row, shape.num_kv_heads, BLOCK, 2 * shape.head_size)
         device = "cuda"
         caches = [torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(copies)]
-        queries = [
-            torch.randn(batch, shape.num_heads, shape.head_size, dtype=torch.bfloat16, device=device)
-            for _ in range(copies)
-        ]
+        query_size = (batch * query_len, shape.num_heads, shape.head_size)
+        queries = [torch.randn(query_size, dtype=torch.bfloat16, device=device) for _ in range(copies)]
         block_table = torch.randperm(size[0], device=device).view(batch, -1).int()
         index = torch.arange(batch, dtype=torch.int32, device=device)
         kept_pages = torch.full_like(index, config.budget_pages)
-        rows = DecodeRows(index, index, torch.full_like(index, context), kept_pages)
+        lengths, query_lens = torch.full_like(index, context), torch.full_like(index, query_len)
+        rows = DecodeRows(index * query_len, index, lengths, kept_pages, query_lens, query_len)
         workspace = Workspace.allocate(
             {shape},
             max_rows=batch,
@@ -73,6 +72,7 @@ class Layers:
             page_size=config.page_size,
             logit_tokens=batch * blocks_per_row * BLOCK,
             device=device,
+            max_query_len=query_len,
         )
         layers = cls(
             case,
@@ -151,15 +151,15 @@ class Layers:
 
     def fa3(self, *, compact: bool) -> Callable[[int], None]:
         """FlashAttention 3 as vLLM calls it in a CUDA graph."""
-        batch, device = self.case.batch, "cuda"
+        batch, device, query_len = self.case.batch, "cuda", self.rows.max_query_len
         block_table = self.compact_table if compact else self.block_table
         length = min(self.case.context, self.config.budget_tokens) if compact else self.case.context
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len
         size = self.shape.head_size
         metadata = get_scheduler_metadata(
             batch_size=batch,
-            max_seqlen_q=1,
+            max_seqlen_q=query_len,
             max_seqlen_k=length,
             num_heads_q=self.shape.num_heads,
             num_heads_kv=self.shape.num_kv_heads,
@@ -180,7 +180,7 @@ class Layers:
                 v=values,
                 out=self.output,
                 cu_seqlens_q=starts,
-                max_seqlen_q=1,
+                max_seqlen_q=query_len,
                 seqused_k=lengths,
                 max_seqlen_k=length,
                 softmax_scale=self.parameters.scale,

@@ -1,6 +1,7 @@
 """Time of one attention layer, DELTA's kernels beside vLLM's: `kernels_gpu` on a GPU, else `kernels_cpu`.
 
     python benchmarks/kernels.py                   # appends to benchmarks/results/kernels_{cpu,gpu}.csv
+    python benchmarks/kernels.py --query-tokens 8  # on a GPU: rows of several query tokens, writes nothing
     python benchmarks/kernels.py --tune            # on a GPU: tries settings of the kernel, writes nothing
 
 The docstrings of these two say how a time is taken, and name the kernels.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -74,6 +76,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="(CPU: 7, GPU: 9)")
     parser.add_argument("--csv", "--out", type=Path, help="default: benchmarks/results/kernels_{cpu,gpu}.csv")
     parser.add_argument("--commit", help="what to record where the tree is not a git checkout")
+    parser.add_argument("--query-tokens", type=int, default=1, metavar="N", help="of each row, on a GPU")
     parser.add_argument("--tune", action="store_true", help="on a GPU: try settings, write nothing")
     args = parser.parse_args(argv)
     name, args.machine = find_machine()
@@ -91,8 +94,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(str(error))
     if args.rounds < 1:
         parser.error("needs at least one round")
-    if name != "cuda" and args.tune:
-        parser.error("--tune is about the GPU's kernels")
+    if name != "cuda" and (args.tune or args.query_tokens != 1):
+        parser.error("--tune and --query-tokens are about the GPU's kernels")
+    if args.query_tokens < 1:
+        parser.error("rows have at least one query token")
     if name == "cuda" and args.dtype != "bfloat16":
         parser.error("on a GPU, bfloat16 is measured")
     return args
@@ -105,8 +110,11 @@ def main(argv: Sequence[str]) -> int:
         from benchmarks.kernels.tune import tune
 
         for heads in args.shapes.values():
-            tune(heads, args.cases)
+            tune(heads, args.cases, args.query_tokens)
         return 0
+    measure = args.platform.measure
+    if args.query_tokens > 1:
+        measure = partial(measure, query_len=args.query_tokens)
     shared = describe_environment("benchmarks/kernels.py") | {"machine": args.machine, "dtype": args.dtype}
     if args.commit:
         shared["commit"] = args.commit
@@ -114,9 +122,10 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     for shape, case in tqdm([(s, c) for s in args.shapes for c in args.cases], unit="case"):
         where = shared | {"shape": shape, "batch": case.batch, "context": case.context}
-        for timing in args.platform.measure(case, args.shapes[shape], args.dtype, args.rounds):
+        for timing in measure(case, args.shapes[shape], args.dtype, args.rounds):
             rows.append(to_row(timing, bandwidth, where))
-            append_csv(args.csv, rows[-1])
+            if args.query_tokens == 1:
+                append_csv(args.csv, rows[-1])
     print(f"\n{args.machine}, {shared['cores']} cores, {args.dtype}")
     print(table(rows))
     return 0

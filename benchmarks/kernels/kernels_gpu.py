@@ -11,6 +11,8 @@ what a copy within the device's memory moves (bytes read plus bytes written).
 - full: a full layer of few rows, which DELTA's kernel runs
 - selection_attention, scores, select: the parts of a selection layer; selection: all of them
 - sparse: a sparse layer
+
+Each row has one query token or, as where drafts are verified, several.
 """
 
 from __future__ import annotations
@@ -47,10 +49,10 @@ def prepare() -> float:
     return 2 * source.nbytes / times["copy"] * 1e6
 
 
-def measure(case: Case, heads: Heads, dtype: str, rounds: int) -> list[Timing]:
-    """All kernels, in bfloat16 whatever `dtype` says."""
+def measure(case: Case, heads: Heads, dtype: str, rounds: int, query_len: int = 1) -> list[Timing]:
+    """All kernels, in bfloat16 whatever `dtype` says, for rows of `query_len` query tokens."""
     shape = LayerShape(*heads)
-    layers = Layers.make(case, shape)
+    layers = Layers.make(case, shape, query_len)
     runs = {
         "fa3": layers.fa3(compact=False),
         "fa3_compact": layers.fa3(compact=True),

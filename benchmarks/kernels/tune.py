@@ -19,14 +19,14 @@ from vllm_delta.kernels.gpu.tuning import Tuning
 from vllm_delta.kernels.gpu.workspace import Workspace
 
 
-def tune(heads: Heads, cases: Sequence[Case]) -> None:
+def tune(heads: Heads, cases: Sequence[Case], query_len: int = 1) -> None:
     """Try settings of the attention kernel; print the best of each case, for sparse and selection layers."""
     shape = LayerShape(*heads)
     grid = itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 6), (1, 2, 3, 4, 6))
     candidates = [Tuning(*values) for values in grid if values[0] * values[2] <= 512]
     small = [candidate for candidate in candidates if candidate.tile * candidate.num_stages <= 384]
     l2.set_aside_l2(torch.device("cuda"))
-    all_layers = [Layers.make(case, shape) for case in cases]
+    all_layers = [Layers.make(case, shape, query_len) for case in cases]
     for sparse, tried in ((True, candidates), (False, small)):
         for layers in all_layers:
             results = []
@@ -43,9 +43,10 @@ def tune(heads: Heads, cases: Sequence[Case]) -> None:
 
 def time_candidate(layers: Layers, candidate: Tuning, *, sparse: bool) -> float | None:
     """Microseconds of the kernel with these settings; None, with a printed reason, if it does not run."""
-    case, shape = layers.case, layers.shape
+    case, shape, query_len = layers.case, layers.shape, layers.rows.max_query_len
     rules = (tuning.Rule(candidate, key_bytes=1024),)
-    with mock.patch.object(tuning, "_SPARSE" if sparse else "_SELECTION", rules):
+    table = ("_SEVERAL" if query_len > 1 else "") + ("_SPARSE" if sparse else "_SELECTION")
+    with mock.patch.object(tuning, table, rules):
         layers.schedule = Schedule.allocate(case.batch, shape.num_kv_heads, "cuda")
         layers.workspace = Workspace.allocate(
             {shape},
@@ -54,6 +55,7 @@ def time_candidate(layers: Layers, candidate: Tuning, *, sparse: bool) -> float 
             page_size=layers.config.page_size,
             logit_tokens=case.batch * -(-case.context // 128) * 128,
             device="cuda",
+            max_query_len=query_len,
         )
         layers.plan()
         run = layers.run_sparse if sparse else layers.run_selection_attention

@@ -236,7 +236,8 @@ def test_kernel_times_become_rows(tmp_path, monkeypatch, capsys):
     for options, message in (
         (["--csv", str(path)], "has other columns"),
         (["--shapes", "large"], "no shape 'large'; there are small"),
-        (["--tune"], "--tune is about the GPU's kernels"),
+        (["--tune"], "--tune and --query-tokens are about the GPU's kernels"),
+        (["--query-tokens", "8"], "--tune and --query-tokens are about the GPU's kernels"),
     ):
         with pytest.raises(SystemExit):
             kernels.main(options)
