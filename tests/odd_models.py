@@ -142,7 +142,41 @@ def build_llama4(folder: Path) -> Path:
     return build_from_transformers(folder, config)
 
 
-def build_gpt_oss(folder: Path) -> Path:
+def build_of_few_tokens(folder: Path) -> Path:
+    """A Llama with a vocabulary of 32 tokens, of which several are about as likely."""
+    from transformers import LlamaConfig
+
+    sizes = SIZES | {"vocab_size": 32, "num_hidden_layers": 4, "tie_word_embeddings": False}
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=1024,
+        dtype=torch.float32,
+    )
+    return build_from_transformers(folder, config)
+
+
+def build_gemma3(folder: Path) -> Path:
+    """Gemma 3's text model: of every six layers the first five have a window."""
+    from transformers import Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **SIZES,
+        num_attention_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+        max_position_embeddings=4096,
+        dtype=torch.float32,
+    )
+    return build_from_transformers(folder, config)
+
+
+def build_gpt_oss(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """gpt-oss: attention sinks, and a window in every second layer."""
     from transformers import GptOssConfig
 
@@ -158,6 +192,6 @@ def build_gpt_oss(folder: Path) -> Path:
         layer_types=["sliding_attention", "full_attention"] * 4,
         max_position_embeddings=4096,
         rope_parameters={**rope, "original_max_position_embeddings": 1024, "truncate": False},
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
     return build_from_transformers(folder, config)

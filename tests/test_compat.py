@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import pytest
 from conftest import ROOT
 
+from vllm_delta.method.config import DeltaConfigError
+
 CPU_ATTN = "vllm.v1.attention.backends.cpu_attn"
 FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
 ATTENTION_FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
@@ -95,9 +97,15 @@ ATTRIBUTES: dict[str, str] = {
         "pipeline_parallel_size prefill_context_parallel_size decode_context_parallel_size use_ubatching "
         "enable_dbo ubatch_size worker_cls tensor_parallel_size nnodes distributed_executor_backend "
         "placement_group assigned_physical_gpu_ids enable_expert_parallel disable_custom_all_reduce "
-        "enable_elastic_ep"
+        "enable_elastic_ep data_parallel_size enable_eplb"
     ),
-    "vllm.config.scheduler.SchedulerConfig": "max_num_seqs max_num_batched_tokens",
+    "vllm.config.scheduler.SchedulerConfig": (
+        "max_num_seqs max_num_batched_tokens scheduler_cls async_scheduling"
+    ),
+    "vllm.config.speculative.SpeculativeConfig": (
+        "method model num_speculative_tokens draft_sample_method num_speculative_tokens_per_batch_size "
+        "target_model_config target_parallel_config"
+    ),
     "vllm.config.compilation.CompilationConfig": "static_forward_context max_cudagraph_capture_size",
     "vllm.config.cache.CacheConfig": (
         "block_size user_specified_block_size cache_dtype kv_cache_memory_bytes gpu_memory_utilization "
@@ -119,7 +127,7 @@ ATTRIBUTES: dict[str, str] = {
         "tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init revision code_revision "
         "trust_remote_code quantization quantization_config allow_deprecated_quantization "
         "disable_sliding_window multimodal_config uses_mrope "
-        "mrope_num_dims is_multimodal_model"
+        "mrope_num_dims is_multimodal_model enable_prompt_embeds"
     ),
     "vllm.v1.worker.gpu_worker.Worker": "vllm_config model_runner use_v2_model_runner device",
     # where the model runners keep the lengths of prompts
@@ -157,6 +165,26 @@ def test_signatures(name):
     function = inspect.unwrap(found(name))
     parameters = list(inspect.signature(getattr(function, "__func__", function)).parameters)
     assert parameters == SIGNATURES[name].split(), f"{name} has moved"
+
+
+@pytest.mark.parametrize("signatures", ["PROPOSER_SIGNATURES", "SAMPLER_SIGNATURES", "CUDA_SIGNATURES"])
+def test_signatures_for_lossless_speculation(signatures):
+    from vllm_delta.integration import drafting_api
+
+    assert drafting_api.moved(getattr(drafting_api, signatures)) == []
+
+
+def test_lossless_speculation_is_refused_by_name_where_something_moved():
+    from vllm_delta.integration.drafting_api import check_drafting_api, moved
+
+    known = "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p"
+    signatures = {known: "logits k p", "vllm.v1.worker.nowhere.Some.method": "self", f"{known}.more": ""}
+    assert moved(signatures) == list(signatures)[1:]
+    assert moved({known: "logits k p q"}) == [known]
+    assert moved({"inspect.getsource": "object", "inspect.getmembers": "object"}) == []
+    assert moved({"inspect.getattr_static": "obj"}) == ["inspect.getattr_static"]
+    with pytest.raises(DeltaConfigError, match=r"vllm.v1.worker.nowhere.Some.method, .* has moved; DELTA "):
+        check_drafting_api(signatures)
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

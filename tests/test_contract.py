@@ -62,6 +62,9 @@ CASES = {
     "page 1": Case((200, 64, 65), page_size=1, kept_pages=64, recent_pages=5, sink_pages=3, dtype=DTYPE),
     "page 8": Case((200, 64, 65), page_size=8, kept_pages=8, recent_pages=2, sink_pages=2, dtype=DTYPE),
     "fp8 cache": Case((200, 90), fp8=True, dtype=DTYPE),
+    "fp8 cache, 8 query tokens": Case(
+        (200, 90, 8), query_lens=(8, 8, 8), recent_pages=2, fp8=True, dtype=DTYPE
+    ),
     "no room for logits": Case(MIXED, logit_tokens=0, dtype=DTYPE),
     "room for some logits": Case((300, 300, 300), logit_tokens=600, dtype=DTYPE),
     "no room, fp8, soft cap": Case((200, 90), fp8=True, softcap=5.0, logit_tokens=0, dtype=DTYPE),

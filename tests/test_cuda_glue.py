@@ -22,6 +22,7 @@ from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, Laye
 from vllm_delta.integration.cuda.state import LOGITS_SHARE, CUDAState, _logit_tokens
 from vllm_delta.integration.probe import Probe
 from vllm_delta.integration.worker_methods import DeltaWorkerMethods
+from vllm_delta.integration.worker_state import WrittenTable
 from vllm_delta.kernels.gpu import attention, combine, scores, select
 from vllm_delta.kernels.gpu.schedule import Schedule
 from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES, launch_rows
@@ -54,7 +55,7 @@ class Step:
             config=config,
             plan=plan,
             counters=counters,
-            table=gpu.table,
+            table=WrittenTable(gpu.table),
             itemsize=case.dtype.itemsize,
             workspace=gpu.workspace,
             requests=gpu.rows.requests,

@@ -46,6 +46,9 @@ MANY = 1100
 PAGES_1 = SMALL | {"page_size": 1}
 PAGES_128 = SMALL | {"page_size": 128, "budget_tokens": 512, "recent_tokens": 128, "sink_tokens": 128}
 
+#: Sparse layers draft, full attention verifies.
+LOSSLESS = SMALL | {"lossless": True, "draft_when": "always"}
+
 FINE = {"dtype": "float16"}
 FP8 = {"kv_cache_dtype": "fp8"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
@@ -70,6 +73,22 @@ ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, s
     "windows, dense": ("FLASH_ATTN", None, {}, {}),
     "windows": ("DELTA", None, {}, {}),
     "ngram": ("DELTA", SMALL, FINE | {"speculative_config": NGRAM}, {}),
+    "fine, dense": ("FLASH_ATTN", None, FINE, {}),
+    "lossless": ("DELTA", LOSSLESS, FINE, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "lossless, own": ("DELTA", LOSSLESS | {"draft_pages": "own"}, FINE, {}),
+    "lossless, shared": ("DELTA", LOSSLESS | {"draft_pages": "shared"}, FINE, {}),
+    "lossless, fresh": ("DELTA", LOSSLESS | {"draft_pages": "fresh"}, FINE, {}),
+    "lossless, full layers": ("DELTA", LOSSLESS | {"draft_full_layers": 2, "draft_tokens": 3}, FINE, {}),
+    "lossless, eager": (
+        "DELTA",
+        LOSSLESS | {"draft_sampling": "greedy"},
+        FINE | {"compilation_config": {"cudagraph_mode": "NONE"}},
+        {},
+    ),
+    "lossless, few blocks": ("DELTA", LOSSLESS, FINE | {"num_gpu_blocks_override": 190}, {}),
+    "lossless, chunks": ("DELTA", LOSSLESS, FINE | {"max_num_batched_tokens": 200}, {}),
+    "windows, lossless": ("DELTA", {"lossless": True, "draft_when": "always", "budget_tokens": 256}, {}, {}),
+    "fp8 cache, lossless": ("DELTA", LOSSLESS | {"draft_pages": "own"}, FP8, {}),
 }
 
 
@@ -173,12 +192,12 @@ def distance_at_first_decode(answer, other):
     return max(abs(ours[token] - theirs[token]) for token in common)
 
 
-def assert_close_at_first_decode(answers, expected):
+def assert_close_at_first_decode(answers, expected, tolerance=ROUNDING):
     """All answers whose first token, which prefill gives, is the same, and these are most."""
     pairs = zip(answers, expected, strict=True)
     distances = [distance for pair in pairs if (distance := distance_at_first_decode(*pair)) is not None]
     assert len(distances) > len(expected) / 2
-    assert max(distances) < ROUNDING
+    assert max(distances) < tolerance
 
 
 def test_several_cache_groups_equal_dense(results):
@@ -186,6 +205,29 @@ def test_several_cache_groups_equal_dense(results):
     assert_same_until_near_tie(first, results["windows, dense"][0])
     assert counts["layers"]["sparse"]["rows"] > 0
     assert counts["dense_rows"]["sliding_window"] > 0
+
+
+# Each with the engine that computes the same without drafts, on the same model.
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [
+        *((name, "fine, dense") for name in ENGINES if name.startswith("lossless")),
+        ("windows, lossless", "windows, dense"),
+    ],
+)
+def test_lossless_equals_dense(results, name, baseline):
+    """Every token is full attention's likeliest, or within rounding of it."""
+    first, second, counts, _ = results[name]
+    assert_same_until_near_tie(first, results[baseline][0])
+    assert_same_until_near_tie(second, results[baseline][1])
+    sparse = counts["layers"]["sparse"]
+    assert 0 < sparse["attended_tokens"] < 0.7 * sparse["context_tokens"]
+
+
+def test_lossless_with_an_fp8_cache_equals_dense(results):
+    """DELTA's kernels run all layers here, where a sparse step has some of FlashAttention."""
+    dense = results["fp8 cache, dense"][0]
+    assert_close_at_first_decode(results["fp8 cache, lossless"][0], dense, 2 * ROUNDING)
 
 
 def test_fp8_cache_equals_dense(results):

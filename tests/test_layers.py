@@ -239,7 +239,7 @@ def test_a_rule_of_thumb_is_named_one(monkeypatch):
         (DeltaConfig(policy="quest"), 0),
     ):
         warned.clear()
-        state = SimpleNamespace(config=config, plan=make_plan(config, range(12), 12), nbytes=0)
+        state = SimpleNamespace(config=config, plan=make_plan(config, range(12), 12), nbytes=0, drafting=None)
         layers.report_plan(state)
         assert len(warned) == expected, config
         assert all("`vllm-delta calibrate MODEL`" in text for text in warned)

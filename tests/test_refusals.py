@@ -144,6 +144,35 @@ def test_a_draft_model_is_refused(engine_config, tiny_model):
     )
 
 
+LOSSLESS = {"lossless": True, "draft_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"method": "ngram", "model": None}, ["method 'ngram'", "delta.lossless"]),
+        ({"num_speculative_tokens": 3}, ["3 num_speculative_tokens", "delta.draft_tokens, 4"]),
+        ({"rejection_sample_method": "block"}, ["rejection_sample_method 'block'", "'standard'"]),
+        ({"draft_sample_method": "greedy"}, ["draft_sample_method 'greedy'", "'probabilistic'"]),
+        ({"parallel_drafting": True}, ["parallel_drafting True", "False"]),
+        ({"disable_padded_drafter_batch": True}, ["disable_padded_drafter_batch True", "False"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_lossless_with_speculation_of_another_kind(engine_config, tiny_model, change, parts):
+    """A speculative config may be given, as long as it is what lossless speculation would choose."""
+    itself = {
+        "method": "draft_model",
+        "model": str(tiny_model),
+        "num_speculative_tokens": 4,
+        "draft_sample_method": "probabilistic",
+    }
+    additional = {"additional_config": {"delta": LOSSLESS}}
+    engine_config(tiny_model, speculative_config=itself, **additional)
+    given = {key: value for key, value in {**itself, **change}.items() if value is not None}
+    expect_refusal(lambda: engine_config(tiny_model, speculative_config=given, **additional), *parts)
+
+
 def test_batch_invariance_is_refused(engine_config, tiny_model, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     expect_refusal(lambda: engine_config(tiny_model), "VLLM_BATCH_INVARIANT=1", "accepted: 0")

@@ -245,6 +245,40 @@ def test_ngram_speculation_changes_no_token(tiny_model):
     assert speculative.tokens == plain.tokens
 
 
+def test_lossless_over_http(tiny_model, tmp_path):
+    """Full attention's answers, and everything else that a request may ask for."""
+    delta = {"delta": {**SMALL_BUDGET, "lossless": True, "draft_when": "always"}}
+    common = ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--gpu-memory-utilization", "0.3"]
+    drafting = ["--attention-backend", "DELTA", "--additional-config", json.dumps(delta)]
+    prompts = [random_prompt(length, seed=length) for length in (600, 900, 40)]
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    with Server(tiny_model, common, env=ONE_THREAD, log_path=tmp_path / "full.log") as server:
+        expected = [text(server, prompt) for prompt in prompts]
+        penalised = text(server, prompts[0], frequency_penalty=1.5)
+    with Server(tiny_model, [*drafting, *common], env=ONE_THREAD, log_path=tmp_path / "log") as server:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert list(pool.map(partial(text, server), prompts)) == expected
+        assert text(server, prompts[0]) == expected[0], "after a prefix-cache hit"
+        assert text(server, prompts[0], frequency_penalty=1.5) == penalised != expected[0]
+        assert text(server, prompts[1], temperature=1.0, seed=3) != expected[1]
+        assert (
+            len({choice.text for choice in complete(server, prompts[0], n=3, temperature=1.0).choices}) == 3
+        )
+        (choice,) = complete(server, prompts[1], max_tokens=12, logprobs=2).choices
+        assert len(choice.logprobs.token_logprobs) == 12 and max(choice.logprobs.token_logprobs) <= 0
+        stopped = complete(server, prompts[0], stop=[expected[0][-3:]]).choices[0]
+        assert stopped.finish_reason == "stop"
+        structured = complete(
+            server, prompts[0], max_tokens=40, extra_body={"structured_outputs": {"json": schema}}
+        )
+        assert structured.choices[0].text.lstrip().startswith("{")
+        refused = {"model": server.model, "prompt": prompts[0], "min_p": 0.5, "temperature": 1}
+        assert status_of(server, json.dumps(refused).encode()) == 400
+        metrics = urllib.request.urlopen(f"{server.base_url}/metrics", timeout=60).read().decode()
+        assert "vllm:spec_decode_num_accepted_tokens_total" in metrics
+        assert server.counters()["layers"]["sparse"]["rows"] > 0
+
+
 def test_tensor_parallelism(tiny_model):
     """With a budget that holds the context, two ranks answer as one does."""
     one = answers(tiny_model, "DELTA")

@@ -158,7 +158,10 @@ def report_plan(state: WorkerState[Any]) -> None:
     if not plan.roles:
         logger.info("DELTA: this pipeline rank has no layer with full attention, and nothing to save")
         return
-    if plan.policy != "delta":
+    described = plan.describe() if state.drafting is None else state.drafting.plans.describe()
+    if state.drafting is not None:
+        saving = "lossless: answers are full attention's"
+    elif plan.policy != "delta":
         saving = "in plain PyTorch, which saves no time"
     elif plan.layers(Role.SPARSE):
         saving = f"saves work from {config.budget_tokens + 1} tokens of context on"
@@ -166,7 +169,7 @@ def report_plan(state: WorkerState[Any]) -> None:
         saving = "saves nothing: this plan has no sparse layer"
     logger.info(
         "DELTA: %s; budget %d tokens (%d recent, %d sink) in pages of %d; workspace %d bytes; %s",
-        plan.describe(),
+        described,
         config.budget_tokens,
         config.recent_tokens,
         config.sink_tokens,
@@ -174,6 +177,8 @@ def report_plan(state: WorkerState[Any]) -> None:
         nbytes,
         saving,
     )
+    if state.drafting is not None:
+        return
     if plan.policy == "delta" and plan.source == "rule" and plan.layers(Role.SPARSE):
         logger.warning(
             "DELTA: nobody has calibrated this model. Its selection layers are a rule of thumb, with which "

@@ -16,6 +16,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_delta.integration.auto_calibration import calibrate_at_start
 from vllm_delta.integration.compat import unsupported_version
+from vllm_delta.integration.lossless import adopt_drafts, choose_scheduler, report_payoff
 from vllm_delta.integration.names import BACKEND_NAME, CPU_BACKEND_PATH, WORKERS
 from vllm_delta.integration.settings import prepare, selects_delta, settings_of
 from vllm_delta.integration.validation import check_config
@@ -26,7 +27,15 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaPlatformMixin:
-    """Marks a platform class that DELTA has changed. It adds no attribute: installing changes nothing."""
+    """Marks a platform class that DELTA has changed, and what DELTA changes on every platform."""
+
+    @classmethod
+    def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
+        """Let vLLM know of drafts before it sizes steps and graphs for them."""
+        super().apply_config_platform_defaults(vllm_config)  # type: ignore[misc]
+        if _is_ours(vllm_config):
+            on_gpu = issubclass(cls, DeltaCudaPlatformMixin)
+            adopt_drafts(settings_of(vllm_config), vllm_config, on_gpu=on_gpu)
 
 
 class DeltaCudaPlatformMixin(DeltaPlatformMixin):
@@ -83,6 +92,10 @@ def _prepare(vllm_config: Any, limits: Limits) -> DeltaConfig:
     config = prepare(vllm_config)
     check_config(config, vllm_config, limits)
     config = calibrate_at_start(config, vllm_config)
+    if config.lossless and vllm_config.model_config is not None:
+        report_payoff(vllm_config)
+        if limits is GPU:
+            choose_scheduler(vllm_config)
     parallel = vllm_config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     return config

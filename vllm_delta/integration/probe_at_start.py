@@ -36,6 +36,7 @@ def is_wanted(vllm_config: VllmConfig, state: WorkerState[Any]) -> bool:
     config, length = state.config, vllm_config.model_config.max_model_len
     return (
         config.policy == "delta"
+        and (config.refreshes_pages or config.draft_pages == "shared")
         and state.plan.source == "rule"
         and bool(state.plan.layers(Role.SPARSE))
         and max(config.budget_tokens, 2 * PERIOD) < length

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vllm_delta.integration.lossless import check_lossless
 from vllm_delta.kernels.limits import CPU, Limits
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 from vllm_delta.method.plan import check_layer_numbers, make_plan
@@ -36,7 +37,7 @@ def check_config(config: DeltaConfig, vllm_config: Any, limits: Limits) -> None:
             f"delta.page_size must be one of {', '.join(map(str, limits.page_sizes))} on this platform, "
             f"not {config.page_size}"
         )
-    _check_options(vllm_config)
+    _check_options(vllm_config, config)
     model = vllm_config.model_config
     if model is not None:
         _check_model(vllm_config, config)
@@ -99,7 +100,7 @@ def _check_cache_dtype(cache_dtype: str, model_dtype: str | None = None) -> None
         )
 
 
-def _check_options(vllm_config: Any) -> None:
+def _check_options(vllm_config: Any, config: DeltaConfig) -> None:
     """Options that change what attention means, or when a worker's layers run."""
     parallel = vllm_config.parallel_config
     for option, value in (
@@ -123,7 +124,9 @@ def _check_options(vllm_config: Any) -> None:
     if getattr(vllm_config.attention_config, "use_non_causal", False):
         raise DeltaConfigError("attention_config.use_non_causal is not supported by DELTA; accepted: false")
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
+    if config.lossless:
+        check_lossless(config, vllm_config)
+    elif speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
         raise DeltaConfigError(
             f"--speculative-config with the method {speculative.method!r} is not supported by DELTA; "
             f"accepted: {', '.join(_SPECULATIVE_METHODS)}"

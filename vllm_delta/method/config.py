@@ -18,6 +18,20 @@ POLICIES = ("delta", "quest", "lessismore", "streaming", "tidal", "oracle")
 #: Whether a server calibrates before it starts, where nothing else says which layers select.
 CALIBRATE = ("never", "auto")
 
+#: Whose pages a sparse layer reads where drafts are made. When drafts are verified, each layer chooses its
+#: own, or selection layers choose for the others; or these choose anew at every draft. "auto" changes between
+#: the first and the last of these by what is accepted.
+DRAFT_PAGES = ("auto", "own", "shared", "fresh")
+
+#: How drafts are taken from what sparse layers say: at a request's temperature, or the likeliest token.
+DRAFT_SAMPLING = ("probabilistic", "greedy")
+
+#: In which steps tokens are drafted: where that saves time, or in all.
+DRAFT_WHEN = ("pays", "always")
+
+#: Tokens that may be drafted before they are verified, at most.
+MOST_DRAFT_TOKENS = 15
+
 #: Tokens or steps that a setting may name, at most: no model has as many, and they fit an int32.
 MOST = 2**30
 
@@ -54,6 +68,18 @@ class DeltaConfig:
     calibrate: str = "never"
     #: measure the recall of sparse layers in every so many steps; 0 for never
     recall_sample_steps: int = 0
+    #: draft with sparse layers, verify with full attention: answers are full attention's
+    lossless: bool = False
+    #: tokens that are drafted before they are verified
+    draft_tokens: int = 7
+    #: one of `DRAFT_PAGES`
+    draft_pages: str = "auto"
+    #: one of `DRAFT_SAMPLING`
+    draft_sampling: str = "probabilistic"
+    #: one of `DRAFT_WHEN`
+    draft_when: str = "pays"
+    #: how many initial layers attend to everything in drafts, too
+    draft_full_layers: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -63,6 +89,8 @@ class DeltaConfig:
             ("sink_tokens", 0),
             ("page_size", 1),
             ("recall_sample_steps", 0),
+            ("draft_tokens", 1),
+            ("draft_full_layers", 0),
         ):
             value = getattr(self, name)
             if not _is_int(value) or not least <= value <= MOST:
@@ -89,6 +117,34 @@ class DeltaConfig:
                 f"delta.budget_tokens ({self.budget_tokens}) must be at least "
                 f"delta.recent_tokens + delta.sink_tokens "
                 f"({self.recent_tokens} + {self.sink_tokens}), which it includes"
+            )
+        self._check_drafts()
+
+    def _check_drafts(self) -> None:
+        if not isinstance(self.lossless, bool):
+            raise DeltaConfigError(f"delta.lossless must be true or false, not {self.lossless!r}")
+        for name, accepted in (
+            ("draft_pages", DRAFT_PAGES),
+            ("draft_sampling", DRAFT_SAMPLING),
+            ("draft_when", DRAFT_WHEN),
+        ):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise DeltaConfigError(f"delta.{name} must be one of {', '.join(accepted)}, not {value!r}")
+        if self.draft_tokens > MOST_DRAFT_TOKENS:
+            raise DeltaConfigError(
+                f"delta.draft_tokens must be at most {MOST_DRAFT_TOKENS}, not {self.draft_tokens}"
+            )
+        if not self.lossless:
+            return
+        if self.policy != "delta" or self.recall_sample_steps:
+            key = "recall_sample_steps" if self.policy == "delta" else "policy"
+            raise DeltaConfigError(f"delta.{key} does not go with delta.lossless; leave one of them out")
+        least = self.draft_tokens + self.page_size
+        if self.freezes_pages and self.recent_tokens < least:
+            raise DeltaConfigError(
+                f"delta.recent_tokens must be at least delta.draft_tokens + delta.page_size ({least}) "
+                f"with delta.lossless, not {self.recent_tokens}"
             )
 
     def _check_selection_layers(self) -> None:
@@ -146,11 +202,29 @@ class DeltaConfig:
     @property
     def rule(self) -> SelectionRule:
         """How pages are kept, apart from how many."""
-        return SelectionRule(self.page_size, self.recent_pages, self.sink_pages)
+        return SelectionRule(self.page_size, self.recent_pages, self.sink_pages, self.following_pages)
+
+    @property
+    def following_pages(self) -> int:
+        """Pages that a sequence may begin before its pages are chosen again."""
+        return -(-self.draft_tokens // self.page_size) if self.freezes_pages else 0
+
+    @property
+    def freezes_pages(self) -> bool:
+        """Whether drafts may read the pages that were chosen when the last ones were verified."""
+        return self.lossless and self.draft_pages != "fresh"
+
+    @property
+    def refreshes_pages(self) -> bool:
+        """Whether selection layers may choose pages for the very token at hand: in drafts, or anywhere."""
+        return not self.lossless or self.draft_pages in ("auto", "fresh")
 
     def most_kept_pages(self, max_model_len: int) -> int:
-        """Pages that a row may keep and leave out others: the budget, but no more than a sequence has."""
-        return min(self.budget_pages, -(-max_model_len // self.page_size))
+        """Entries of a row of a selection table: the budget, but no more than a sequence has pages.
+
+        Beside the budget, the pages that begin before others are chosen.
+        """
+        return min(self.budget_pages, -(-max_model_len // self.page_size)) + self.following_pages
 
 
 def _is_int(value: object) -> bool:

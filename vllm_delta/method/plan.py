@@ -8,7 +8,7 @@ indices are the model's own, so that they mean the same in the settings, the log
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -55,6 +55,9 @@ class Plan:
     source: str
     #: what chooses, one of `vllm_delta.method.config.POLICIES`
     policy: str = "delta"
+    #: by layer that chooses pages or reads them, the layer whose own table it writes or reads; the others
+    #: share one, which the nearest earlier selection layer of the same step has written
+    choosers: Mapping[int, int] = field(default_factory=dict)
 
     def layers(self, role: Role) -> list[int]:
         """Indices of the layers with this role, ascending."""

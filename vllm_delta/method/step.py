@@ -6,7 +6,8 @@ generated. It runs DELTA wherever it is computed, which makes the result indepen
 - in a decode step, a request has one such token;
 - a request that was preempted computes its generated tokens again, many in one step, behind the rest of its
   prompt. Each becomes a row that sees the tokens up to itself, as it did the first time.
-- speculative decoding verifies several tokens in one step, in the same way.
+- speculative decoding verifies several tokens in one step, in the same way. Where sparse layers have made
+  the drafts, and full attention verifies them, these tokens are one row together (`split_verification`).
 
 Everything else is prefill and runs full attention: also a single token, where it is the last one of a prompt.
 """
@@ -52,7 +53,7 @@ class Step:
 
 
 def split_step(query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, kept_pages: Tensor) -> Step:
-    """Split a batch of requests.
+    """Split a batch of requests, into rows of one token each.
 
     Args:
         query_start_loc: int32 ``[requests + 1]``, on the CPU as all others: where each request's tokens start
@@ -61,40 +62,82 @@ def split_step(query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, k
         prompt_lens: integer ``[requests]``: tokens of each prompt.
         kept_pages: int32 ``[requests]``: the budget of each request's rows, see `DecodeRows`.
     """
-    starts = query_start_loc.numpy().astype(np.int64)
-    lengths = seq_lens.numpy().astype(np.int64)
-    query_lens = np.diff(starts)
-    first_positions = lengths - query_lens
-    prefill_lens = np.clip(prompt_lens.numpy() - first_positions, 0, query_lens)
-    decode_lens = query_lens - prefill_lens
-    num_prefill_tokens = int(prefill_lens.sum())
-    if not decode_lens.any():
-        return Step(rows=None, prefill=None, num_prefill_tokens=num_prefill_tokens)
-
-    request, offset = _ragged_range(decode_lens)
+    batch = _Batch.of(query_start_loc, seq_lens)
+    prefill_lens = np.clip(prompt_lens.numpy() - batch.first_positions, 0, batch.query_lens)
+    request, offset = _ragged_range(batch.query_lens - prefill_lens)
     offset += prefill_lens[request]
     rows = DecodeRows(
-        tokens=_int32(starts[request] + offset),
+        tokens=_int32(batch.starts[request] + offset),
         requests=_int32(request),
-        lengths=_int32(first_positions[request] + offset + 1),
+        lengths=_int32(batch.first_positions[request] + offset + 1),
         kept_pages=torch.from_numpy(kept_pages.numpy()[request]),
     )
-    if num_prefill_tokens == 0:
-        return Step(rows=rows, prefill=None, num_prefill_tokens=0)
+    return batch.split(rows, prefill_lens)
 
-    (requests,) = prefill_lens.nonzero()
-    query_lens = prefill_lens[requests]
-    seq_lens_prefill = first_positions[requests] + query_lens
-    ordinal, offset = _ragged_range(query_lens)
-    prefill = PrefillBatch(
-        tokens=torch.from_numpy(starts[requests][ordinal] + offset),
-        requests=torch.from_numpy(requests),
-        query_start_loc=_int32(np.concatenate([[0], np.cumsum(query_lens)])),
-        seq_lens=_int32(seq_lens_prefill),
-        max_query_len=int(query_lens.max()),
-        max_seq_len=int(seq_lens_prefill.max()),
+
+def split_verification(
+    query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, kept_pages: Tensor, most: int
+) -> Step:
+    """Split a batch in which drafts are verified, into one row for each request that generates.
+
+    A row is the token that was sampled last, and the drafts behind it. Where a request has more tokens than
+    that, as at the end of its prompt, its row is the last one. A request that stays in its prompt has none.
+
+    Args:
+        query_start_loc: and the next three as above.
+        most: query tokens of a row, at most.
+    """
+    batch = _Batch.of(query_start_loc, seq_lens)
+    prompts = prompt_lens.numpy()
+    verifies = (batch.first_positions >= prompts) & (batch.query_lens <= most)
+    generates = (batch.first_positions + batch.query_lens >= prompts) & (batch.query_lens > 0)
+    row_lens = np.where(verifies, batch.query_lens, generates)
+    prefill_lens = batch.query_lens - row_lens
+    (request,) = row_lens.nonzero()
+    rows = DecodeRows(
+        tokens=_int32(batch.starts[request] + prefill_lens[request]),
+        requests=_int32(request),
+        lengths=_int32(batch.first_positions[request] + batch.query_lens[request]),
+        kept_pages=torch.from_numpy(kept_pages.numpy()[request]),
+        query_lens=_int32(row_lens[request]),
+        max_query_len=most,
     )
-    return Step(rows=rows, prefill=prefill, num_prefill_tokens=num_prefill_tokens)
+    return batch.split(rows, prefill_lens)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The requests of a step, int64 ``[requests]`` each."""
+
+    starts: IntArray
+    query_lens: IntArray
+    #: positions of each request's first token
+    first_positions: IntArray
+
+    @classmethod
+    def of(cls, query_start_loc: Tensor, seq_lens: Tensor) -> _Batch:
+        starts = query_start_loc.numpy().astype(np.int64)
+        query_lens = np.diff(starts)
+        return cls(starts[:-1], query_lens, seq_lens.numpy().astype(np.int64) - query_lens)
+
+    def split(self, rows: DecodeRows, prefill_lens: IntArray) -> Step:
+        """The step of these rows, whose prefill is the first tokens of each request."""
+        num_prefill_tokens = int(prefill_lens.sum())
+        if not len(rows) or not num_prefill_tokens:
+            return Step(rows if len(rows) else None, None, num_prefill_tokens)
+        (requests,) = prefill_lens.nonzero()
+        query_lens = prefill_lens[requests]
+        seq_lens = self.first_positions[requests] + query_lens
+        ordinal, offset = _ragged_range(query_lens)
+        prefill = PrefillBatch(
+            tokens=torch.from_numpy(self.starts[requests][ordinal] + offset),
+            requests=torch.from_numpy(requests),
+            query_start_loc=_int32(np.concatenate([[0], np.cumsum(query_lens)])),
+            seq_lens=_int32(seq_lens),
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+        return Step(rows, prefill, num_prefill_tokens)
 
 
 def _ragged_range(counts: IntArray) -> tuple[IntArray, IntArray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -12,10 +13,13 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttenti
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_delta.integration.cpu.metadata import DeltaCPUMetadata, LayerGroup
-from vllm_delta.integration.cpu.state import set_up
+from vllm_delta.integration.cpu.state import CPUDrafting, set_up
 from vllm_delta.integration.layers import DeltaLayer
 from vllm_delta.integration.validation import check_block_size, check_isa
-from vllm_delta.method.step import PrefillBatch, split_step
+from vllm_delta.method.drafts import grown_budgets
+from vllm_delta.method.plan import Plan, Role
+from vllm_delta.method.rows import DecodeRows
+from vllm_delta.method.step import PrefillBatch, Step, split_step, split_verification
 from vllm_delta.plain.rows import row_indices
 
 
@@ -54,10 +58,8 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
         metadata = DeltaCPUMetadata(**vars(whole), group=self.group)
         if not self.group.layers:
             return metadata
-        prompt_lens = state.prompt_lens_of(common, common.seq_lens)
-        kept_pages = torch.full((common.num_reqs,), state.config.budget_pages, dtype=torch.int32)
-        step = split_step(common.query_start_loc_cpu, common.seq_lens, prompt_lens, kept_pages)
-        metadata.plan = state.plan
+        step = self._split(common)
+        metadata.plan = state.plan if state.drafting is None else self._verify(state.drafting)
         metadata.step = state.begin_step(self.group, has_rows=step.rows is not None)
         metadata.num_prefill_tokens = step.num_prefill_tokens
         if step.rows is not None:
@@ -67,6 +69,50 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
                 metadata.row_indices = row_indices(rows)
         if step.prefill is not None:
             metadata.prefill = step.prefill, self._build_prefill(common, step.prefill)
+        return metadata
+
+    def _split(self, common: CommonAttentionMetadata) -> Step:
+        """The step's rows and prefill tokens."""
+        state, lengths = self.state, common.seq_lens
+        prompt_lens = state.prompt_lens_of(common, lengths)
+        kept_pages = torch.full((common.num_reqs,), state.config.budget_pages, dtype=torch.int32)
+        requests = common.query_start_loc_cpu, lengths, prompt_lens, kept_pages
+        drafting = state.drafting
+        if drafting is None:
+            return split_step(*requests)
+        step = split_verification(*requests, most=1 + state.config.draft_tokens)
+        drafting.rows = step.rows
+        return step
+
+    def _verify(self, drafting: CPUDrafting) -> Plan:
+        """The plan of the step that `_split` has split; chooses no pages where the next drafts need none."""
+        rows, plan = drafting.rows, drafting.plans.verify
+        chooses = drafting.pays and not drafting.fresh
+        if rows is not None:
+            drafting.chosen_lengths = rows.lengths * chooses
+        return plan if chooses else replace(plan, roles=dict.fromkeys(plan.roles, Role.FULL))
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> DeltaCPUMetadata:
+        """The metadata of a pass that drafts a token for each row of the last verification.
+
+        Requests are those that had a row, in the same order, each with one query token.
+        """
+        common, state = common_attn_metadata, self.state
+        metadata = DeltaCPUMetadata(**vars(super().build(0, common)), group=self.group)
+        drafting = state.drafting
+        if not self.group.layers:
+            return metadata
+        assert drafting is not None and drafting.chosen_lengths is not None
+        index = torch.arange(common.num_reqs, dtype=torch.int32)
+        budget, lengths = state.config.budget_pages, common.seq_lens
+        kept_pages = torch.full((common.num_reqs,), budget, dtype=torch.int32)
+        if not drafting.fresh:
+            kept_pages = grown_budgets(budget, drafting.chosen_lengths, lengths, state.rule.page_size)
+        metadata.plan, metadata.step = drafting.plans.draft(fresh=drafting.fresh), state.step
+        metadata.rows = rows = DecodeRows(index, index, common.seq_lens, kept_pages)
+        metadata.num_rows_within_budget = rows.num_within_budget(state.rule.page_size)
         return metadata
 
     def _build_prefill(self, common: CommonAttentionMetadata, prefill: PrefillBatch) -> CPUAttentionMetadata:

@@ -88,21 +88,23 @@ class DeltaCPUImpl(DeltaLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
         )
         inputs = query, kv_cache, metadata.block_table, rows, parameters
         scratch = state.workspace, state.counters.of(role), output
+        index = self.layer_index
+        assert index is not None and metadata.plan is not None
+        chooser = metadata.plan.choosers.get(index)
         aside = state.aside if metadata.row_indices else None
         if aside is not None:
-            assert self.layer_index is not None
             plain = Layer(query, kv_cache, metadata.block_table, parameters)
-            call = LayerCall(self.layer_index, role, plain, metadata.row_indices, output)
+            call = LayerCall(index, role, plain, metadata.row_indices, output)
             if aside.replaces(call, state.config, state.counters):
                 return
         if role is Role.FULL:
             ops.full_attention(*inputs, *scratch)
         elif role is Role.SELECTION:
-            table = state.table_for_writing(metadata.step, metadata.group)
+            table = state.table_for_writing(metadata.step, metadata.group, chooser)
             ops.selection_attention(*inputs, state.rule, *scratch, table)
         else:
             state.counters.add_dense_rows("within_budget", metadata.num_rows_within_budget)
-            table = state.table_for_reading(metadata.step)
+            table = state.table_for_reading(metadata.step, chooser).table
             ops.sparse_attention(*inputs, state.rule, *scratch, table)
             if aside is not None:
                 aside.after(call, state.config, state.counters, table)

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
 from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, LayerGroup, PrefillPart
-from vllm_delta.integration.cuda.state import layer_shape, set_up
+from vllm_delta.integration.cuda.state import CUDADrafting, layer_shape, set_up
 from vllm_delta.integration.layers import DeltaLayer
 from vllm_delta.integration.settings import settings_of
 from vllm_delta.integration.validation import check_block_size
@@ -21,7 +21,7 @@ from vllm_delta.kernels.gpu.ops import most_full_rows
 from vllm_delta.kernels.gpu.shape import LayerShape
 from vllm_delta.method.plan import Plan, Role
 from vllm_delta.method.rows import DecodeRows
-from vllm_delta.method.step import PrefillBatch, split_step
+from vllm_delta.method.step import PrefillBatch, split_step, split_verification
 from vllm_delta.plain.rows import row_indices
 
 #: FlashAttention's layers that in a step of single tokens schedule their own work, on the GPU. Once for all,
@@ -37,12 +37,17 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Full graphs for steps of single tokens; a graph of a mixed step would freeze how it is split.
+        """Full graphs for steps in which all requests have one token, or their drafts to verify.
+
+        A graph of a mixed step would freeze how it is split.
 
         None where the attention call needs Python: for policies other than DELTA, and to measure recall.
         """
-        if not settings_of(vllm_config).runs_kernels_alone:
+        settings = settings_of(vllm_config)
+        if not settings.runs_kernels_alone:
             return AttentionCGSupport.NEVER
+        if settings.lossless:
+            return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
@@ -73,11 +78,14 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
     ) -> DeltaCUDAMetadata:
         """Split the batch into decode rows and prefill tokens, and the rows into launches."""
         common, state = common_attn_metadata, self.state
+        if state.drafting is not None:
+            return self._build_verification(common_prefix_len, common, state.drafting, fast_build)
         single = common.max_query_len == 1
-        whole = super().build(common_prefix_len, common, fast_build or (single and self._has_few_of_vllm()))
+        whole = super().build(
+            common_prefix_len, common, fast_build or (single and self._has_few_of_vllm(state.plan))
+        )
         metadata = DeltaCUDAMetadata(**vars(whole), group=self.group)
-        state.counters.add_dense_rows("sliding_window", self._sliding * common.num_actual_tokens)
-        state.counters.add_dense_rows("not_eligible", self._not_eligible * common.num_actual_tokens)
+        self._count_dense(common)
         if self.group.shape is None:
             return metadata
         metadata.plan = state.plan
@@ -91,12 +99,94 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             self._add_rows(metadata, rows, self.group.shape, single=single)
         return metadata
 
-    def _has_few_of_vllm(self) -> bool:
-        """Whether vLLM runs so few layers of a single-token step that they schedule themselves."""
+    def _count_dense(self, common: CommonAttentionMetadata) -> None:
+        """Count what layers that are never sparse compute."""
+        counters, tokens = self.state.counters, common.num_actual_tokens
+        counters.add_dense_rows("sliding_window", self._sliding * tokens)
+        counters.add_dense_rows("not_eligible", self._not_eligible * tokens)
+
+    def _build_verification(
+        self, common_prefix_len: int, common: CommonAttentionMetadata, drafting: CUDADrafting, fast: bool
+    ) -> DeltaCUDAMetadata:
+        """The metadata of a step that verifies drafts: full attention, and pages for the next drafts.
+
+        Where no request has drafts, vLLM's own attention computes the step, and none are chosen.
+        """
+        most = 1 + self.state.config.draft_tokens
+        verifies = common.max_query_len == most and common.num_actual_tokens == most * common.num_reqs
+        few = verifies and self._has_few_of_vllm(drafting.plans.verify)
+        whole = super().build(common_prefix_len, common, fast or few)
+        metadata = DeltaCUDAMetadata(**vars(whole), group=self.group)
+        self._count_dense(common)
+        chosen, count = drafting.buffers.chosen_lengths, common.num_reqs
+        if self.group.shape is None:
+            return metadata
+        metadata.plan = drafting.plans.verify
+        rows = None
+        if not self.state.config.freezes_pages:
+            pass  # vLLM's own attention computes the step
+        elif verifies:
+            rows = self.state.verification_rows(common)
+            chosen[:count].copy_(rows.lengths)
+        elif common.max_query_len == 1:
+            chosen[:count].zero_()
+        else:
+            rows = self._rows_of_mixed(common)
+            chosen[:count].copy_(rows.lengths)
+            metadata.prefill = PrefillPart(slice(0, common.num_actual_tokens), whole)
+        metadata.step = self.state.begin_step(self.group, has_rows=rows is not None)
+        if rows is not None:
+            metadata.launches = self.state.cut(rows, self.group.shape)
+        return metadata
+
+    def _rows_of_mixed(self, common: CommonAttentionMetadata) -> DecodeRows:
+        """A row for each request of a mixed step; padding for those that stay in their prompt."""
+        count, most = common.num_reqs, 1 + self.state.config.draft_tokens
+        lengths = common.seq_lens_cpu_upper_bound[:count]
+        prompt_lens = self.state.prompt_lens_of(common, lengths)
+        budgets = torch.full((len(prompt_lens),), self.state.config.budget_pages, dtype=torch.int32)
+        starts = common.query_start_loc_cpu[: len(prompt_lens) + 1]
+        step = split_verification(starts, lengths[: len(prompt_lens)], prompt_lens, budgets, most)
+        packed = torch.zeros(3, count, dtype=torch.int32)
+        if step.rows is not None:
+            of_request = step.rows.requests.long()
+            packed[0, of_request] = step.rows.tokens
+            assert step.rows.query_lens is not None
+            packed[1, of_request] = step.rows.query_lens
+            packed[2, of_request] = 1
+        tokens, query_lens, generates = self._to_device(packed).unbind()
+        return DecodeRows(
+            tokens=tokens,
+            requests=self.state.requests[:count],
+            lengths=common.seq_lens[:count] * generates,
+            kept_pages=self.state.kept_pages[:count],
+            query_lens=query_lens.clamp(min=1),
+            max_query_len=most,
+        )
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> DeltaCUDAMetadata:
+        """The metadata of a pass that drafts a token for each request, the same for all passes.
+
+        `draft_index` says whether selection layers choose pages in it.
+        """
+        common, state = common_attn_metadata, self.state
+        metadata = DeltaCUDAMetadata(**vars(super().build(0, common, fast_build=True)), group=self.group)
+        if self.group.shape is not None:
+            assert state.drafting is not None
+            metadata.plan = state.drafting.plans.draft(fresh=bool(draft_index))
+            metadata.step = state.step
+            metadata.launches = state.cut(state.draft_rows(common), self.group.shape)
+            metadata.appends = metadata.runs_full_layers = True
+        return metadata
+
+    def _has_few_of_vllm(self, plan: Plan) -> bool:
+        """Whether vLLM runs so few layers of a uniform step that they schedule themselves."""
         if self._sliding + self._not_eligible:
             return False
-        if self._counted_plan is not self.state.plan:  # counted once, not in every step
-            self._counted_plan = self.state.plan
+        if self._counted_plan is not plan:  # counted once, not in every step
+            self._counted_plan = plan
             self._full_layers = self._counted_plan.count(Role.FULL, self.group.layers)
         return self._full_layers <= MOST_SELF_SCHEDULED
 

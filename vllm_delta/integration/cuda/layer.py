@@ -162,12 +162,14 @@ def decode(
     call = LayerCall(layer_index, role, layer, metadata.row_indices, output)
     if aside is not None and aside.replaces(call, state.config, state.counters):
         return
-    table = None
+    assert metadata.plan is not None
+    table, same_blocks, chooser = None, False, metadata.plan.choosers.get(layer_index)
     if role is Role.SELECTION:
-        table = state.table_for_writing(metadata.step, metadata.group)
+        table = state.table_for_writing(metadata.step, metadata.group, chooser)
     elif role is Role.SPARSE:
-        table = state.table_for_reading(metadata.step)
-    _launch(state, metadata, call, table, appended)
+        written = state.table_for_reading(metadata.step, chooser)
+        table, same_blocks = written.table, written.group == metadata.group
+    _launch(state, metadata, call, table, appended, same_blocks=same_blocks)
     if aside is not None and table is not None:
         aside.after(call, state.config, state.counters, table)
 
@@ -178,6 +180,8 @@ def _launch(
     call: LayerCall,
     table: SelectionTable | None,
     appended: Appended | None,
+    *,
+    same_blocks: bool,
 ) -> None:
     """DELTA's kernels, for one launch of rows after another."""
     assert metadata.plan is not None and state.workspace is not None
@@ -207,5 +211,4 @@ def _launch(
             side = state.side if beside else None
             ops.selection_attention(*arguments, part, just_scheduled=just_scheduled, side=side)
         else:
-            same_blocks = state.table_group == metadata.group
             ops.sparse_attention(*arguments, part, same_blocks=same_blocks, just_scheduled=just_scheduled)

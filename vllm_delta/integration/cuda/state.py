@@ -21,8 +21,9 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, LayerGroup
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.integration.settings import settings_of
-from vllm_delta.integration.worker_state import WorkerState
+from vllm_delta.integration.worker_state import Drafting, WorkerState, WrittenTable
 from vllm_delta.kernels.gpu.device import SideStream
+from vllm_delta.kernels.gpu.drafts import DraftBuffers
 from vllm_delta.kernels.gpu.l2 import set_aside_l2
 from vllm_delta.kernels.gpu.schedule import Schedule, make_schedule
 from vllm_delta.kernels.gpu.shape import LayerShape
@@ -30,6 +31,7 @@ from vllm_delta.kernels.gpu.workspace import LOGIT_BYTES, Workspace, launch_rows
 from vllm_delta.kernels.types import SelectionTable
 from vllm_delta.method.config import DeltaConfig
 from vllm_delta.method.counters import Counters
+from vllm_delta.method.drafts import DraftPlans, PageChoice, most_choosing
 from vllm_delta.method.plan import Plan, Role
 from vllm_delta.method.rows import ALL_PAGES, DecodeRows
 from vllm_delta.plain.rows import row_indices
@@ -38,6 +40,20 @@ logger = init_logger(f"vllm.{__name__}")
 
 #: The logits of selection layers take at most this share of the memory that is left for the KV cache.
 LOGITS_SHARE = 0.008
+
+
+@dataclass
+class CUDADrafting(Drafting):
+    """What lossless speculation adds to a GPU worker; rows are requests, in the batch's order."""
+
+    buffers: DraftBuffers
+    #: int32: query tokens of the rows of a step that verifies drafts of all requests
+    query_lens: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers."""
+        return super().nbytes + self.buffers.nbytes + self.query_lens.nbytes
 
 
 @dataclass(kw_only=True)
@@ -54,6 +70,7 @@ class CUDAState(WorkerState[LayerGroup]):
     kept_pages: Tensor
     #: by layer shape, one for each launch of a step
     schedules: dict[LayerShape, list[Schedule]]
+    drafting: CUDADrafting | None = None
     #: where selection layers choose pages, while the model goes on; None without a GPU
     side: SideStream | None = None
     _marked: bool = field(default=False)
@@ -90,6 +107,30 @@ class CUDAState(WorkerState[LayerGroup]):
             requests=self.requests[:count],
             lengths=common.seq_lens[:count],
             kept_pages=self.kept_pages[:count],
+        )
+
+    def verification_rows(self, common: CommonAttentionMetadata) -> DecodeRows:
+        """One row per request, of all its tokens, in such buffers."""
+        assert self.drafting is not None
+        count = common.num_reqs
+        return DecodeRows(
+            tokens=common.query_start_loc[:count],
+            requests=self.requests[:count],
+            lengths=common.seq_lens[:count],
+            kept_pages=self.kept_pages[:count],
+            query_lens=self.drafting.query_lens[:count],
+            max_query_len=1 + self.config.draft_tokens,
+        )
+
+    def draft_rows(self, common: CommonAttentionMetadata) -> DecodeRows:
+        """One row per request, of the token that is drafted from, in such buffers."""
+        assert self.drafting is not None
+        count = common.num_reqs
+        return DecodeRows(
+            tokens=common.query_start_loc[:count],
+            requests=self.requests[:count],
+            lengths=common.seq_lens[:count],
+            kept_pages=self.drafting.buffers.kept_pages[:count],
         )
 
     def _mark_prompt_rows(self, prompt_lens: Tensor, common: CommonAttentionMetadata) -> None:
@@ -172,8 +213,11 @@ def _allocate(
     single_token_rows = max(scheduler.max_num_seqs, graph_rows)
     # Every token of a step may be a decode row, but a sequence has no more than it may have.
     step_rows = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_length)
+    query_len = 1 + config.draft_tokens if config.freezes_pages else 1
+    if config.lossless:  # rows are requests
+        step_rows = single_token_rows
     max_rows = launch_rows(single_token_rows, step_rows, max_length, config.page_size)
-    workspace, table = None, None
+    workspace = None
     if shapes:
         workspace = Workspace.allocate(
             shapes,
@@ -182,24 +226,45 @@ def _allocate(
             page_size=config.page_size,
             logit_tokens=_logit_tokens(vllm_config, eligible, max_rows, device),
             device=device,
+            max_query_len=query_len,
         )
-        most_pages = config.most_kept_pages(max_length)
-        table = SelectionTable.allocate(max(single_token_rows, step_rows), most_pages, device, frames=True)
     state = CUDAState(
         config=config,
         plan=layers.plan,
         counters=Counters(device),
-        table=table,
         itemsize=vllm_config.model_config.dtype.itemsize,
         workspace=workspace,
         requests=torch.arange(single_token_rows, dtype=torch.int32, device=device),
         kept_pages=torch.full((single_token_rows,), config.budget_pages, dtype=torch.int32, device=device),
         schedules={shape: [] for shape in shapes},
         side=SideStream(device) if device.type == "cuda" else None,
+        table=None,
     )
+    most_pages = config.most_kept_pages(max_length)
+    if config.lossless:
+        state.drafting = _allocate_drafts(config, layers.plan, single_token_rows, most_pages, device)
+    if shapes and config.refreshes_pages:
+        table = SelectionTable.allocate(max(single_token_rows, step_rows), most_pages, device, frames=True)
+        state.table = WrittenTable(table)
     for shape in shapes:
         state.schedule(shape, math.ceil(single_token_rows / max_rows) - 1)
     return state
+
+
+def _allocate_drafts(
+    config: DeltaConfig, plan: Plan, rows: int, most_pages: int, device: torch.device
+) -> CUDADrafting:
+    tables: list[WrittenTable[LayerGroup]] = [
+        WrittenTable(SelectionTable.allocate(rows, most_pages, device, frames=True))
+        for _ in range(most_choosing(config, plan))
+    ]
+    return CUDADrafting(
+        DraftPlans.of(config, plan),
+        tables,
+        PageChoice(config.draft_tokens),
+        buffers=DraftBuffers.allocate(rows, config.draft_tokens, device),
+        query_lens=torch.full((rows,), 1 + config.draft_tokens, dtype=torch.int32, device=device),
+    )
 
 
 def layer_shape(impl: Any) -> LayerShape:
