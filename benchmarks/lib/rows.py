@@ -85,6 +85,28 @@ class Measurement(EngineRun):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drafted(EngineRun):
+    """One case and rate of acceptance of the benchmark of lossless speculation, in one process."""
+
+    baseline: str  # the backend that speed-ups refer to
+    batch: int
+    context: int
+    prompt_tokens: int  # the context, less what the model's positions have no room for
+    output_short: int
+    output_long: int
+    acceptance: float | None  # of a draft behind accepted ones, as given; None where nothing is drafted
+    tokens_per_step: float  # of a sequence
+    ms_per_token: float  # of a sequence: median of samples_ms
+    tokens_per_second: float  # of all
+    samples_ms: str  # separated by spaces
+
+    @property
+    def case(self) -> Case:
+        """What was timed."""
+        return Case(self.batch, self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation(EngineRun):
     """One part of the generation benchmark in one process.
 

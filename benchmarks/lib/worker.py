@@ -56,18 +56,26 @@ def timed_generate(llm: Any, prompts: Sequence[Json], output: int) -> list[float
 
     Requests are queued while the scheduler is paused, and start together.
     """
+    return timed_ends(llm, prompts, output)[0]
+
+
+def timed_ends(llm: Any, prompts: Sequence[Json], output: int) -> tuple[list[float], list[float]]:
+    """The same, and the seconds to each sequence's end: not the same where drafts are accepted."""
     llm.sleep(level=0)  # pauses the scheduler only
     llm.enqueue(prompts, sampling(output), use_tqdm=False)
-    lengths, times = [], []
+    lengths: list[int] = []
+    times: list[float] = []
+    ends: list[float] = []
     start = time.perf_counter()
     llm.wake_up(tags=["scheduling"])
     while llm.llm_engine.has_unfinished_requests():
         finished = llm.llm_engine.step()
         times.append(time.perf_counter() - start)
         lengths += [len(request.outputs[0].token_ids) for request in finished]
+        ends += [times[-1]] * len(finished)
     if lengths != [output] * len(prompts):
         raise RuntimeError(f"{len(prompts)} prompts, but outputs of {lengths} tokens")
-    return times
+    return times, ends
 
 
 def delta_counts(llm: Any, job: Json, since: Json | None = None) -> Json:

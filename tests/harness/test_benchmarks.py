@@ -21,11 +21,12 @@ from benchmarks.across import compare, query, report
 from benchmarks.across.catalogue import SOURCES, source_of
 from benchmarks.kernels import kernels
 from benchmarks.kernels.timing import Timing
+from benchmarks.lib.cases import Case
 from benchmarks.lib.csv_rows import append_csv, read_csv
 from benchmarks.lib.processes import checkout_first
 from benchmarks.lib.provenance import describe_environment
 from benchmarks.lib.rows import Comparison, Generation, KernelTime, Measurement
-from benchmarks.speed import profile_steps
+from benchmarks.speed import lossless, profile_steps
 
 BENCHMARKS = ROOT / "benchmarks"
 ROOMS = ("speed", "kernels", "accuracy", "across", "lib")
@@ -78,7 +79,7 @@ def test_the_second_accuracy_benchmark_has_help(capsys):
 def test_launchers_name_scripts():
     named = {ast.parse((BENCHMARKS / name).read_text()).body[-1].body[1].module for name in LAUNCHERS}
     assert named <= set(SCRIPTS)
-    assert len(named) == len(LAUNCHERS) == 8
+    assert len(named) == len(LAUNCHERS) == 9
 
 
 def test_a_launcher_runs_in_any_folder(tmp_path):
@@ -242,6 +243,52 @@ def test_kernel_times_become_rows(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             kernels.main(options)
         assert message in capsys.readouterr().err
+
+
+def test_a_token_of_lossless_speculation_is_timed(monkeypatch, capsys):
+    """By the ends of sequences; a batch in which nothing was drafted has a row, too."""
+    monkeypatch.setattr(
+        lossless,
+        "timed_ends",
+        lambda _llm, _prompts, output: (
+            [0.0] * (1 + output // 8),
+            [0.5 + 0.01 * output, 0.7 + 0.01 * output],
+        ),
+    )
+    seconds, per_step = lossless.slope(None, [{}, {}], 16, 144)
+    assert seconds == pytest.approx(0.01)
+    assert per_step == 8
+    nothing = {"layers": {role: {"rows": 0} for role in ("full", "selection", "sparse")}}
+    assert set(lossless.token_counts("this", nothing, 2048).values()) == {0}
+    facts = {"kv_capacity_tokens": 10000, "peak_memory_bytes": 1 << 30}
+    machine = {
+        "date": "2026-01-01",
+        "commit": "0" * 12,
+        "machine": "M",
+        "cores": 2,
+        "vllm": "1",
+        "torch": "1",
+    }
+    run = machine | {"vllm_delta": "1", "python": "3", "command": "c", "shape": "s", "dtype": "d"}
+    arguments = SimpleNamespace(
+        lengths=[16, 144], kv_cache_dtype="auto", budget_tokens=2048, positions=131072
+    )
+    rows = []
+    for backend, rate, ms in (("FLASH_ATTN", None, 16.0), ("DELTA", 0.98, 8.0)):
+        result = {"samples_ms": [ms], "tokens_per_step": 1.0, "counts": {}, "facts": facts}
+        shared = run | {"backend": backend, "settings": "{}", "baseline": "FLASH_ATTN"}
+        rows.append(lossless.to_row(Case(24, 32768), rate, result, arguments, shared))
+    assert rows[1].tokens_per_second == 3000
+    lines = lossless.table(rows).splitlines()
+    assert lines[2].split() == ["24x32k", "DELTA", "98%", "8.00", "3000", "2.00x", "1.00", "1.00", "GiB"]
+    assert lossless.speculation(SimpleNamespace(delta={"draft_tokens": 3}), "m") == {
+        "method": "draft_model",
+        "model": "m",
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_rates": [1.0, 1.0, 1.0],
+    }
 
 
 def test_a_profile_has_the_time_of_every_part(monkeypatch):
