@@ -1,13 +1,13 @@
-"""Let a trained reasoner solve problems under full attention and under DELTA, and check every step.
+"""Let a trained reasoner solve problems with full attention, DELTA and lossless drafts; check every step.
 
     PYTHONPATH=tools python -m reasoner.demo tools/reasoner/trained
 
-Everything is local: the model is a folder, each of the two servers listens on the loopback address. One
+Everything is local: the model is a folder, each of the three servers listens on the loopback address. One
 problem of each family is asked as a chat; the answers are chains of steps, each of which needs something from
 far back, so a chain that leaves the right way shows at which step attention missed what it needed. Then steps
 are timed at a context where DELTA pays: several answers to one long prompt, of two lengths, whose difference
-leaves out what a request costs once. The exit status is 0 only if both servers answered and DELTA read fewer
-tokens than full attention.
+leaves out what a request costs once. The exit status is 0 only if all servers answered and DELTA read fewer
+tokens than full attention. Drafts use no calibration: full attention verifies them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "build" / "demo-server.log"
 #: the layers are those of the file that a calibration left beside the model
 DELTA = {"budget_tokens": 512}
+#: with another number of full layers than that file's, so that it is left alone
+LOSSLESS = {"budget_tokens": 512, "lossless": True, "draft_when": "always", "full_layers": 2}
 #: steps that are shown from either end of a chain
 SHOWN = 2
 #: characters of a prompt that are shown
@@ -69,7 +71,7 @@ def ask(server: Server, problem: Problem) -> Answer:
 class Timed:
     """Decode steps at a long context."""
 
-    #: of one step with `BATCH` sequences, the median of the rounds
+    #: of a token of each of `BATCH` sequences, the median of the rounds
     milliseconds: float
     #: DELTA's counters of all of them; empty without DELTA
     counters: dict[str, Any]
@@ -109,7 +111,7 @@ def time_steps(server: Server, context: int) -> Timed:
     before = counters_of(server)
     slopes = [(seconds(BATCH, LONG) - seconds(BATCH, SHORT)) / (LONG - SHORT) for _ in range(ROUNDS)]
     timed = Timed(1000 * median(slopes), difference(counters_of(server), before))
-    print(f"  {timed.milliseconds:.1f} ms per step of {BATCH} sequences")
+    print(f"  {timed.milliseconds:.1f} ms per token of {BATCH} sequences")
     return timed
 
 
@@ -173,7 +175,7 @@ def share(counters: Mapping[str, Any]) -> str:
 
 
 def run(arguments: argparse.Namespace, extra: Sequence[str], problems: Sequence[Problem]) -> None:
-    """Both servers, one after another, what they wrote and how fast."""
+    """All servers, one after another, what they wrote and how fast."""
     # vLLM wants to find that share of the machine's memory free; the model needs a fraction of it.
     common = ["--gpu-memory-utilization", "0.3", *extra]
     options = ["--attention-backend", "DELTA"]
@@ -181,16 +183,19 @@ def run(arguments: argparse.Namespace, extra: Sequence[str], problems: Sequence[
         options += ["--additional-config", json.dumps({"delta": arguments.delta})]
     full = serve("full", arguments.model, common, problems, arguments.context)
     delta = serve("DELTA", arguments.model, [*options, *common], problems, arguments.context)
-    for problem, full_answer, delta_answer in zip(problems, full.answers, delta.answers, strict=True):
+    drafting = ["--attention-backend", "DELTA", "--additional-config", json.dumps({"delta": LOSSLESS})]
+    lossless = serve("lossless", arguments.model, [*drafting, *common], problems, arguments.context)
+    arms = {"full": full, "DELTA": delta, "lossless": lossless}
+    for index, problem in enumerate(problems):
         show_problem(problem)
-        show_answer("full", problem, full_answer)
-        show_answer("DELTA", problem, delta_answer)
-    print(f"\nin these, DELTA {share(delta.counters)}")
-    times = full.timed.milliseconds, delta.timed.milliseconds
-    print(
-        f"{BATCH} sequences of {arguments.context} tokens: {times[0]:.1f} ms per step with full attention, "
-        f"{times[1]:.1f} with DELTA, {times[0] / times[1]:.1f}x as fast; DELTA {share(delta.timed.counters)}"
-    )
+        for name, arm in arms.items():
+            show_answer(name, problem, arm.answers[index])
+    same = sum(a.text == b.text for a, b in zip(full.answers, lossless.answers, strict=True))
+    print(f"\nin these, DELTA {share(delta.counters)}; {same} of {len(problems)} lossless answers are full's")
+    print(f"{BATCH} sequences of {arguments.context} tokens, DELTA {share(delta.timed.counters)}:")
+    for name, arm in arms.items():
+        speed = full.timed.milliseconds / arm.timed.milliseconds
+        print(f"  {name:8} {arm.timed.milliseconds:.1f} ms per token, {speed:.1f}x")
 
 
 def main() -> int:
