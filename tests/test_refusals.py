@@ -153,6 +153,10 @@ LOSSLESS = {"lossless": True, "draft_tokens": 4}
         ({"method": "ngram", "model": None}, ["method 'ngram'", "delta.lossless"]),
         ({"num_speculative_tokens": 3}, ["3 num_speculative_tokens", "delta.draft_tokens, 4"]),
         ({"rejection_sample_method": "block"}, ["rejection_sample_method 'block'", "'standard'"]),
+        (
+            {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.9] * 4},
+            ["rejection_sample_method 'synthetic'", "'standard'"],
+        ),
         ({"draft_sample_method": "greedy"}, ["draft_sample_method 'greedy'", "'probabilistic'"]),
         ({"parallel_drafting": True}, ["parallel_drafting True", "False"]),
         ({"disable_padded_drafter_batch": True}, ["disable_padded_drafter_batch True", "False"]),
