@@ -158,7 +158,7 @@ def build_of_few_tokens(folder: Path) -> Path:
 
 
 def build_gemma3(folder: Path) -> Path:
-    """Gemma 3's text model: of every six layers the first five have a window."""
+    """Gemma 3's text model: every second layer has a window, the first one, too."""
     from transformers import Gemma3TextConfig
 
     config = Gemma3TextConfig(

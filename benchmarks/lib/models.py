@@ -15,6 +15,14 @@ from benchmarks.lib.cases import Case
 POSITIONS = 131072
 #: positions that an engine has beyond the longest sequence
 SPARE_POSITIONS = 64
+
+#: of vLLM's `kv_transfer_config`: prompts cost nothing, and their KV cache is noise.
+NOISE_IN_CACHE = {
+    "kv_connector": "DecodeBenchConnector",
+    "kv_role": "kv_both",
+    # Not a constant, which is the connector's default: all scores would tie.
+    "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True},
+}
 #: bytes of a cached number, by vLLM's name; names that are not here have one byte
 CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -101,6 +109,11 @@ def engine_arguments(args: argparse.Namespace, folder: Path, needs: Sequence[Cas
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(config, needs, dtype)
     arguments.update(args.engine)
     return arguments
+
+
+def prompt_case(case: Case, args: argparse.Namespace) -> Case:
+    """`case` with as many context tokens as the model's positions leave room for."""
+    return Case(case.batch, min(case.context, args.positions - args.lengths[1] - SPARE_POSITIONS))
 
 
 def worker_job(args: argparse.Namespace, engine: Json, arm: str) -> Json:

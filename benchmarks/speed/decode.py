@@ -48,7 +48,14 @@ from benchmarks.lib.activity import check_activity
 from benchmarks.lib.base import BenchmarkError, Json, arm_names
 from benchmarks.lib.cases import Case
 from benchmarks.lib.csv_rows import append_csv
-from benchmarks.lib.models import POSITIONS, SPARE_POSITIONS, engine_arguments, read_config, worker_job
+from benchmarks.lib.models import (
+    NOISE_IN_CACHE,
+    POSITIONS,
+    engine_arguments,
+    prompt_case,
+    read_config,
+    worker_job,
+)
 from benchmarks.lib.options import (
     add_arguments,
     add_engine_arguments,
@@ -149,12 +156,7 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Measurement], s
     arms = arm_names(args.backends)
     last = args.lengths[1]
     engine = engine_arguments(args, folder, [Case(case.batch, case.context + last) for case in args.cases])
-    engine["kv_transfer_config"] = {
-        "kv_connector": "DecodeBenchConnector",
-        "kv_role": "kv_both",
-        # Not a constant, which is the connector's default: all scores would tie.
-        "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True},
-    }
+    engine["kv_transfer_config"] = NOISE_IN_CACHE
     own = {
         "prompts": [str(prompt_case(case, args)) for case in args.cases],
         "lengths": args.lengths,
@@ -177,11 +179,6 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Measurement], s
                     append_csv(args.csv, row)
                     rows.append(row)
                     progress.set_postfix_str(f"{case}: {row.ms_per_step:.2f} ms/step")
-
-
-def prompt_case(case: Case, args: argparse.Namespace) -> Case:
-    """`case` with as many context tokens as the model's positions leave room for."""
-    return Case(case.batch, min(case.context, args.positions - args.lengths[1] - SPARE_POSITIONS))
 
 
 def to_row(case: Case, result: Json, args: argparse.Namespace, shared: Json) -> Measurement:

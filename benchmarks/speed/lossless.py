@@ -32,7 +32,14 @@ from benchmarks.lib.activity import check_activity
 from benchmarks.lib.base import DELTA, Json, arm_names
 from benchmarks.lib.cases import Case
 from benchmarks.lib.csv_rows import append_csv
-from benchmarks.lib.models import POSITIONS, SPARE_POSITIONS, engine_arguments, read_config, worker_job
+from benchmarks.lib.models import (
+    NOISE_IN_CACHE,
+    POSITIONS,
+    engine_arguments,
+    prompt_case,
+    read_config,
+    worker_job,
+)
 from benchmarks.lib.options import (
     add_arguments,
     add_engine_arguments,
@@ -118,11 +125,7 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Drafted], skipp
     """Every measurement is in the CSV, and in `rows`, as soon as it is there."""
     arms, last = arm_names(args.backends), args.lengths[1]
     engine = engine_arguments(args, folder, [Case(case.batch, case.context + last) for case in args.cases])
-    engine["kv_transfer_config"] = {
-        "kv_connector": "DecodeBenchConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True},
-    }
+    engine["kv_transfer_config"] = NOISE_IN_CACHE
     shared = describe_run(args, "benchmarks/lossless.py") | {"baseline": arms[0]}
     for arm in arms:
         drafts = arm.partition("#")[0] == DELTA and args.platform == "cuda"
@@ -158,11 +161,6 @@ def speculation(args: argparse.Namespace, model: str) -> Json:
         "rejection_sample_method": "synthetic",
         "synthetic_acceptance_rates": [1.0] * drafts,
     }
-
-
-def prompt_case(case: Case, args: argparse.Namespace) -> Case:
-    """`case` with as many context tokens as the model's positions leave room for."""
-    return Case(case.batch, min(case.context, args.positions - args.lengths[1] - SPARE_POSITIONS))
 
 
 def to_row(case: Case, rate: float | None, result: Json, args: argparse.Namespace, shared: Json) -> Drafted:

@@ -11,7 +11,8 @@ pages were chosen.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class DraftPlans:
         return cls(
             Plan(verify, source, choosers=own_tables), frozen, plan if config.draft_pages == "auto" else None
         )
+
+    @cached_property
+    def full(self) -> Plan:
+        """The plan of a verification in which no layer chooses pages, as the next drafts need none."""
+        return replace(self.verify, roles=dict.fromkeys(self.verify.roles, Role.FULL))
 
     def draft(self, *, fresh: bool) -> Plan:
         """The plan of drafts."""

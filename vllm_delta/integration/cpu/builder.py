@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -17,7 +16,7 @@ from vllm_delta.integration.cpu.state import CPUDrafting, set_up
 from vllm_delta.integration.layers import DeltaLayer
 from vllm_delta.integration.validation import check_block_size, check_isa
 from vllm_delta.method.drafts import grown_budgets
-from vllm_delta.method.plan import Plan, Role
+from vllm_delta.method.plan import Plan
 from vllm_delta.method.rows import DecodeRows
 from vllm_delta.method.step import PrefillBatch, Step, split_step, split_verification
 from vllm_delta.plain.rows import row_indices
@@ -86,11 +85,11 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
 
     def _verify(self, drafting: CPUDrafting) -> Plan:
         """The plan of the step that `_split` has split; chooses no pages where the next drafts need none."""
-        rows, plan = drafting.rows, drafting.plans.verify
+        rows, plans = drafting.rows, drafting.plans
         chooses = drafting.pays and not drafting.fresh
         if rows is not None:
             drafting.chosen_lengths = rows.lengths * chooses
-        return plan if chooses else replace(plan, roles=dict.fromkeys(plan.roles, Role.FULL))
+        return plans.verify if chooses else plans.full
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int

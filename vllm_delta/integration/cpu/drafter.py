@@ -49,7 +49,10 @@ class DeltaRejectionSampler(RejectionSampler):  # type: ignore[misc]
         )
         raw_logits = logits[metadata.target_logits_indices].float()
         target_logits = self.apply_logits_processors(raw_logits.clone(), sampling_metadata, metadata)
-        target_logits = _constrained(target_logits, metadata.num_draft_tokens, sampling_metadata)
+        if not sampling_metadata.all_greedy:
+            counts = torch.tensor(metadata.num_draft_tokens)
+            of_drafts = torch.arange(len(counts)).repeat_interleave(counts)
+            target_logits = _constrained(target_logits, of_drafts, sampling_metadata)
         tokens = rejection_sample(
             metadata.draft_token_ids,
             metadata.num_draft_tokens,
@@ -76,19 +79,17 @@ class DeltaRejectionSampler(RejectionSampler):  # type: ignore[misc]
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
 
-def _constrained(logits: Tensor, num_drafts: list[int], metadata: SamplingMetadata) -> Tensor:
-    """Logits of all drafts under their requests' temperature, top-k and top-p."""
-    if metadata.all_greedy or not len(logits):
+def _constrained(logits: Tensor, requests: Tensor, metadata: SamplingMetadata) -> Tensor:
+    """Logits ``[rows, vocabulary]`` under the temperature, top-k and top-p of each row's request."""
+    if not len(logits):
         return logits
-    counts = torch.tensor(num_drafts)
-
-    def of_drafts(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.repeat_interleave(counts)
-
-    temperature = of_drafts(metadata.temperature)
-    assert temperature is not None
+    assert metadata.temperature is not None
+    temperature = metadata.temperature[requests]
     logits = logits / torch.where(temperature < _LEAST_TEMPERATURE, 1.0, temperature)[:, None]
-    constrained: Tensor = apply_top_k_top_p(logits, of_drafts(metadata.top_k), of_drafts(metadata.top_p))
+    top_k, top_p = (
+        None if values is None else values[requests] for values in (metadata.top_k, metadata.top_p)
+    )
+    constrained: Tensor = apply_top_k_top_p(logits, top_k, top_p)
     return constrained
 
 
@@ -223,18 +224,13 @@ class DeltaProposer(DraftModelProposer):  # type: ignore[misc]
         """A token for each request, and what it was sampled from; None where that is the likeliest token."""
         if not self._enable_probabilistic_draft_probs or metadata.all_greedy:
             return logits.argmax(-1), None
-        assert metadata.temperature is not None
-        temperature = metadata.temperature[requests]
-        is_greedy = temperature < _LEAST_TEMPERATURE
-        logits = logits.float() / torch.where(is_greedy, 1.0, temperature)[:, None]
-        top_k, top_p = (
-            None if values is None else values[requests] for values in (metadata.top_k, metadata.top_p)
-        )
-        probabilities = apply_top_k_top_p(logits, top_k, top_p).softmax(-1, dtype=torch.float32)
+        probabilities = _constrained(logits.float(), requests, metadata).softmax(-1, dtype=torch.float32)
         noise = torch.empty_like(probabilities).exponential_()
         for row, request in enumerate(requests.tolist()):
             if request in metadata.generators:
                 noise[row].exponential_(generator=metadata.generators[request])
+        assert metadata.temperature is not None
+        is_greedy = metadata.temperature[requests] < _LEAST_TEMPERATURE
         tokens = torch.where(is_greedy, logits.argmax(-1), (probabilities / noise).argmax(-1))
         return tokens, probabilities
 

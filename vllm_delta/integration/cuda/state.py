@@ -7,7 +7,7 @@ their addresses, which CUDA graphs hold.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,37 +100,30 @@ class CUDAState(WorkerState[LayerGroup]):
 
     def single_token_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> DecodeRows:
         """One row per request, in buffers whose addresses a graph may keep."""
-        count = common.num_reqs
         self._mark_prompt_rows(prompt_lens, common)
-        return DecodeRows(
-            tokens=common.query_start_loc[:count],
-            requests=self.requests[:count],
-            lengths=common.seq_lens[:count],
-            kept_pages=self.kept_pages[:count],
-        )
+        return self._row_of_each(common, self.kept_pages)
 
     def verification_rows(self, common: CommonAttentionMetadata) -> DecodeRows:
         """One row per request, of all its tokens, in such buffers."""
         assert self.drafting is not None
-        count = common.num_reqs
-        return DecodeRows(
-            tokens=common.query_start_loc[:count],
-            requests=self.requests[:count],
-            lengths=common.seq_lens[:count],
-            kept_pages=self.kept_pages[:count],
-            query_lens=self.drafting.query_lens[:count],
+        return replace(
+            self._row_of_each(common, self.kept_pages),
+            query_lens=self.drafting.query_lens[: common.num_reqs],
             max_query_len=1 + self.config.draft_tokens,
         )
 
     def draft_rows(self, common: CommonAttentionMetadata) -> DecodeRows:
         """One row per request, of the token that is drafted from, in such buffers."""
         assert self.drafting is not None
+        return self._row_of_each(common, self.drafting.buffers.kept_pages)
+
+    def _row_of_each(self, common: CommonAttentionMetadata, kept_pages: Tensor) -> DecodeRows:
         count = common.num_reqs
         return DecodeRows(
             tokens=common.query_start_loc[:count],
             requests=self.requests[:count],
             lengths=common.seq_lens[:count],
-            kept_pages=self.drafting.buffers.kept_pages[:count],
+            kept_pages=kept_pages[:count],
         )
 
     def _mark_prompt_rows(self, prompt_lens: Tensor, common: CommonAttentionMetadata) -> None:
