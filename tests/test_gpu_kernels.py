@@ -17,7 +17,7 @@ from vllm_delta.kernels.gpu import ops, schedule, scores, workspace
 from vllm_delta.kernels.gpu.device import SideStream
 from vllm_delta.kernels.gpu.l2 import set_aside_l2
 from vllm_delta.kernels.gpu.select import select_pages
-from vllm_delta.kernels.gpu.shape import LayerShape
+from vllm_delta.kernels.gpu.shape import BAND_QUERIES, LayerShape
 from vllm_delta.kernels.gpu.tuning import MIN_TILE, Tuning, choose_tuning, shared_bytes
 from vllm_delta.kernels.gpu.workspace import SELECTION_WIDTH
 from vllm_delta.kernels.types import SelectionTable
@@ -52,12 +52,11 @@ def test_tiles_fit_the_shared_memory() -> None:
         tuning = choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse)
         assert tuning.num_stages * tuning.tile * 2 * key_bytes < shared_memory
         assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2
-        for columns in (8, 16, 32, 64):
-            if columns * key_bytes > 64 * 256:
-                continue
-            tuning = choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse, columns=columns)
-            assert shared_bytes(tuning, key_bytes, columns) <= shared_memory
-            assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2 and not tuning.whole
+        if key_bytes * BAND_QUERIES > shared_memory // 4:
+            continue
+        tuning = choose_tuning(key_bytes, units, shared_memory, 132, sparse=sparse, queries=BAND_QUERIES)
+        assert shared_bytes(tuning, key_bytes, BAND_QUERIES) <= shared_memory
+        assert tuning.tile >= MIN_TILE and tuning.num_stages >= 2 and not tuning.whole
     with pytest.raises(ValueError, match="need more shared memory than 101376 bytes"):
         choose_tuning(1024, 1, 101376, 132, sparse=False)
     with pytest.raises(ValueError, match="no kernel for keys of 2048 bytes"):
@@ -97,25 +96,23 @@ def test_full_layers_of_few_rows_are_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "query_len", "bands", "columns"),
+    ("shape", "query_len", "bands", "queries"),
     [
-        (LayerShape(28, 4, 128), 1, 1, 8),
-        (LayerShape(28, 4, 128), 2, 1, 16),
+        (LayerShape(28, 4, 128), 1, 1, 64),
         (LayerShape(28, 4, 128), 8, 1, 64),
-        (LayerShape(32, 8, 128), 8, 1, 32),
-        (LayerShape(12, 2, 128), 5, 1, 32),
+        (LayerShape(32, 8, 128), 8, 1, 64),
         (LayerShape(64, 8, 128), 16, 2, 64),
         (LayerShape(28, 4, 128), 17, 2, 64),
         (LayerShape(28, 4, 128), 19, 3, 64),
-        (LayerShape(16, 2, 256), 5, 2, 32),
-        (LayerShape(16, 16, 64), 4, 1, 8),
+        (LayerShape(16, 2, 256), 5, 1, 64),
+        (LayerShape(16, 16, 64), 16, 1, 64),
         (LayerShape(128, 1, 128), 1, 1, 128),
         (LayerShape(128, 1, 128), 3, 3, 128),
     ],
 )
-def test_query_tokens_are_cut_into_bands(shape: LayerShape, query_len: int, bands: int, columns: int) -> None:
+def test_query_tokens_are_cut_into_bands(shape: LayerShape, query_len: int, bands: int, queries: int) -> None:
     kernel_shape = shape.for_kernels(SelectionRule(16, 1, 0), 16, query_len)
-    assert (shape.bands(query_len), kernel_shape.BAND_COLUMNS) == (bands, columns)
+    assert (shape.bands(query_len), kernel_shape.BAND_QUERIES) == (bands, queries)
     assert (bands - 1) * kernel_shape.BAND < query_len <= bands * kernel_shape.BAND
     assert shape.programs_per_split(query_len) == shape.num_kv_heads * bands
 

@@ -45,7 +45,7 @@ def time_candidate(layers: Layers, candidate: Tuning, *, sparse: bool) -> float 
     """Microseconds of the kernel with these settings; None, with a printed reason, if it does not run."""
     case, shape, query_len = layers.case, layers.shape, layers.rows.max_query_len
     rules = (tuning.Rule(candidate, key_bytes=1024),)
-    table = ("_SEVERAL" if query_len > 1 else "") + ("_SPARSE" if sparse else "_SELECTION")
+    table = ("_MULTI_TOKEN" if query_len > 1 else "") + ("_SPARSE" if sparse else "_SELECTION")
     with mock.patch.object(tuning, table, rules):
         layers.schedule = Schedule.allocate(case.batch, shape.num_kv_heads, "cuda")
         layers.workspace = Workspace.allocate(

@@ -10,10 +10,8 @@ The tokens are all of the row's, or those of the selection table's pages. A toke
 by side in the cache. The row's own, its last, may be given apart: then they are written to the cache first.
 Splits are combined by a launch of its own or, where most rows have one, by the last program that is done.
 
-A row's several query tokens are attended to in one reading of the keys and values, or in one for each band
-of them. Each sees the tokens up to itself, see `queries`. Their keys and values are in the cache before.
-
-A selection layer leaves its logits behind, as `logits` says; of several query tokens, those of one.
+A selection layer leaves its logits behind, as `logits` says. Rows of several query tokens have a kernel of
+their own, see `multi_token`.
 """
 
 from __future__ import annotations
@@ -25,15 +23,10 @@ from torch import Tensor
 from vllm_delta.kernels.gpu.combine import combine, combine_splits, count_row
 from vllm_delta.kernels.gpu.device import dependent_launch
 from vllm_delta.kernels.gpu.layer import LayerInputs
-from vllm_delta.kernels.gpu.logits import LOG2_E, encode_distance, scaled_logits
+from vllm_delta.kernels.gpu.logits import LOG2_E, scaled_logits, store_logits
+from vllm_delta.kernels.gpu.multi_token import attend_multi_token
 from vllm_delta.kernels.gpu.paging import entry_offsets, kept_tokens, load_entries, load_vectors
-from vllm_delta.kernels.gpu.queries import (
-    LOWEST_LOGIT,
-    first_columns,
-    load_queries,
-    ordered_token,
-    seen_tokens,
-)
+from vllm_delta.kernels.gpu.queries import load_queries
 from vllm_delta.kernels.gpu.schedule import NO_ROW, load_row_splits, load_split
 from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides
 from vllm_delta.kernels.gpu.workspace import Workspace
@@ -52,7 +45,6 @@ def attention_kernel(
     splits_ptr,  # int32 [splits, SPLIT_FIELDS], see `load_split`
     row_splits_ptr,  # int32 [rows, ROW_FIELDS], see `load_row_splits`; read where WHOLE, as the next ones
     kept_pages_ptr,  # int32 [rows]
-    query_lens_ptr,  # int32 [rows], see `DecodeRows`; None where rows have one query token each
     counters_ptr,  # see `count_row`
     sinks_ptr,  # [H]
     arrived_ptr,  # int32 [rows, KV_HEADS], zeros
@@ -81,49 +73,30 @@ def attention_kernel(
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One split of one row, for the query heads of one KV head, and the query tokens of one band.
+    """One split of one row, for the query heads of one KV head.
 
     With WHOLE, a split that is a whole row is stored as the output; of several, the last program to arrive
-    combines them. Then nothing else has to be launched. Not for a quantised cache, nor for several query
-    tokens: what they accumulate leaves no room for more tiles in flight.
+    combines them. Then nothing else has to be launched. Not for a quantised cache: what its programs compute
+    leaves no room for more tiles in flight.
 
     With PDL, what is read of splits and tables is read while the launch ahead of this one ends, so that must
     not be the one that writes them.
     """
-    several: tl.constexpr = SHAPE.TOKENS > 1
-    bands: tl.constexpr = (SHAPE.TOKENS + SHAPE.BAND - 1) // SHAPE.BAND
-    tl.static_assert(not (WHOLE and (KIND.QUANTIZED or several)))
-    tl.static_assert(not (several and (APPEND or (SPARSE and not SHAPE.KEEPS_LAST))))
+    tl.static_assert(not (WHOLE and KIND.QUANTIZED))
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    if several:
-        first_index = kv_head % bands * SHAPE.BAND  # of its query tokens, see `ordered_token`
-        kv_head = kv_head // bands
     row, begin, end, token_of_row, request, table_end, logit_tile, length = load_split(splits_ptr, split)
     if row == NO_ROW:
         if PDL:
             tl.extra.cuda.gdc_wait()  # before any return: what follows may rely on what came before
         return
-    if several:
-        query_len = tl.load(query_lens_ptr + row)
-        if bands > 1:
-            if first_index >= query_len:
-                if PDL:
-                    tl.extra.cuda.gdc_wait()
-                return
 
     heads: tl.constexpr = SHAPE.H // SHAPE.KV_HEADS
-    columns: tl.constexpr = SHAPE.BAND_COLUMNS
+    columns: tl.constexpr = SHAPE.COLUMNS
     dims: tl.constexpr = SHAPE.D_PAD
     column = tl.arange(0, columns)
-    if several:
-        head = kv_head * heads + column % heads
-        index = first_index + column // heads
-        query_token = ordered_token(index, query_len)
-        has_head = (column < SHAPE.BAND * heads) & (index < query_len)
-    else:
-        head = kv_head * heads + column
-        has_head = column < heads
+    head = kv_head * heads + column
+    has_head = column < heads
     dim = tl.arange(0, dims)
     has_dim = dim < SHAPE.D
     all_dims: tl.constexpr = SHAPE.D == SHAPE.D_PAD
@@ -158,10 +131,7 @@ def attention_kernel(
         new_key = tl.load(k_ptr + dim, mask=dim < new_dims)
         new_value = tl.load(v_ptr + dim, mask=dim < new_dims)
     query_row_ptr = query_ptr + token_of_row * query_strides.token
-    query_offset = head * query_strides.head
-    if several:
-        query_offset += query_token * query_strides.token
-    q = load_queries(query_row_ptr, query_offset, has_head, dim, has_dim).to(KIND.COMPUTE)
+    q = load_queries(query_row_ptr, head * query_strides.head, has_head, dim, has_dim).to(KIND.COMPUTE)
     if KIND.QUANTIZED:
         scale = scale * tl.load(scale_ptrs[0]) * tl.load(scale_ptrs[1])
     if APPEND:
@@ -172,11 +142,6 @@ def attention_kernel(
         tl.store(token_ptr + SHAPE.D + dim, new_value, mask=dim < new_dims)
         tl.debug_barrier()  # other threads of the program read them
     logit_columns = tl.where((logit_tile >= 0) & (keeps_logits != 0), SHAPE.QUERIES, 0)
-    logit_column = tl.arange(0, SHAPE.COLUMNS)
-    if several:
-        seen_end = tl.minimum(end, seen_tokens(tl.where(selected, table_end, length), query_len, query_token))
-        if bands > 1:
-            logit_columns = tl.where(first_index == 0, logit_columns, 0)
 
     maximum = tl.full([columns], -float("inf"), tl.float32)
     totals = tl.zeros([TILE, columns], tl.float32)  # of each place in a tile, summed up at the end
@@ -194,12 +159,8 @@ def attention_kernel(
             token + TILE, end, table_row_ptr, block_row_ptr, selected, SPARSE, FRAMES, SHAPE.PAGE, SHAPE.BLOCK
         )
         x = scaled_logits(tl.dot(k, q, input_precision="ieee"), scale, softcap, KIND.SOFTCAP)
-        if several:
-            x = tl.where(token[:, None] < seen_end[None, :], x, -float("inf"))
-            tile_maximum = tl.maximum(tl.max(x, 0), LOWEST_LOGIT)
-        else:
-            x = tl.where((token < end)[:, None], x, -float("inf"))
-            tile_maximum = tl.max(x, 0)
+        x = tl.where((token < end)[:, None], x, -float("inf"))
+        tile_maximum = tl.max(x, 0)
         new_maximum = tl.maximum(maximum, tile_maximum)
         probability = tl.exp2(x - new_maximum[None, :])
         decay = tl.exp2(maximum - new_maximum)
@@ -208,37 +169,17 @@ def attention_kernel(
         accumulated = tl.dot(v, probability.to(KIND.COMPUTE), accumulated, input_precision="ieee")
         maximum = new_maximum
         if not SPARSE:
-            tile = (logit_tile + start // SHAPE.LOGIT_TILE).to(tl.int64)
-            subtile = tile * (SHAPE.LOGIT_TILE // TILE) + start % SHAPE.LOGIT_TILE // TILE
-            place = (tile * SHAPE.KV_HEADS + kv_head) * SHAPE.LOGIT_TILE + token % SHAPE.LOGIT_TILE
-            if several:
-                x = first_columns(x, SHAPE.COLUMNS)
-                tile_maximum = tl.reshape(
-                    first_columns(tile_maximum[None, :], SHAPE.COLUMNS), (SHAPE.COLUMNS,)
-                )
-            tl.store(
-                logits_ptrs[0] + place[:, None] * SHAPE.QUERIES + logit_column[None, :],
-                encode_distance((tile_maximum + 1.0)[None, :] - x),
-                mask=(logit_column < logit_columns)[None, :],
-                eviction_policy="evict_last",  # until they are scored
-            )
-            tl.store(
-                logits_ptrs[1] + (subtile * SHAPE.KV_HEADS + kv_head) * SHAPE.QUERIES + logit_column,
-                tile_maximum,
-                mask=logit_column < logit_columns,
-                eviction_policy="evict_last",
+            store_logits(
+                logits_ptrs, x, tile_maximum, logit_tile, kv_head, start, column, logit_columns, SHAPE, TILE
             )
 
     total = tl.sum(totals, 0)
-    if several or (SPARSE and not SHAPE.KEEPS_LAST):
+    if SPARSE and not SHAPE.KEEPS_LAST:
         total = tl.where(total == 0.0, 1.0, total)  # of no tokens: zeros of no weight
     result = tl.trans(accumulated / total[None, :])
     lse = maximum + tl.log2(total)
     mask = has_head[:, None] & has_dim[None, :]
-    if several:
-        part_slot = (split.to(tl.int64) * SHAPE.TOKENS + query_token) * SHAPE.H + head
-    else:
-        part_slot = split.to(tl.int64) * SHAPE.H + head
+    part_slot = split.to(tl.int64) * SHAPE.H + head
     part_ptrs = partial_ptrs[0] + part_slot[:, None] * SHAPE.D + dim[None, :]
     if not WHOLE:
         tl.store(part_ptrs, result, mask=mask)
@@ -288,6 +229,26 @@ def attend(
     inputs.check(workspace, output, sparse=table is not None)
     if len(inputs.rows) == 0:
         return
+    how = {"keeps_logits": keeps_logits, "frames": frames, "dependent": dependent}
+    if inputs.query_len > 1:
+        attend_multi_token(inputs, workspace, table, **how)
+    else:
+        _attend_single_token(inputs, workspace, counters, output, table, **how)
+    if not inputs.tuning(sparse=table is not None).whole:
+        combine(inputs, workspace, counters, output, table)
+
+
+def _attend_single_token(
+    inputs: LayerInputs,
+    workspace: Workspace,
+    counters: Tensor,
+    output: Tensor,
+    table: SelectionTable | None,
+    *,
+    keeps_logits: bool,
+    frames: bool,
+    dependent: bool,
+) -> None:
     query, shape, sparse = inputs.query, inputs.kernel_shape, table is not None
     frames = frames and shape.KEEPS_LAST
     # What a layer does not read needs some tensor in its place.
@@ -300,7 +261,6 @@ def attend(
         entries,
         *inputs.schedule.of(sparse=sparse),
         inputs.rows.kept_pages,
-        inputs.query_lens,
         counters,
         inputs.sinks_or(workspace.lse),
         workspace.arrived,
@@ -327,5 +287,3 @@ def attend(
         num_stages=tuning.num_stages,
         **dependent_launch(query.device, dependent),
     )
-    if not tuning.whole:
-        combine(inputs, workspace, counters, output, table)

@@ -40,10 +40,44 @@ def decode_distance(code):
 @triton.jit
 def scaled_logits(raw, scale, softcap, SOFTCAP: tl.constexpr):
     """Dot products to logits in base 2; tanh(y) is 1 - 2 / (e^2y + 1)."""
-    x = raw * scale
     if SOFTCAP:
-        x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E) / softcap) + 1.0))
-    return x * LOG2_E
+        x = softcap * (1.0 - 2.0 / (tl.exp2(raw * scale * (2.0 * LOG2_E) / softcap) + 1.0)) * LOG2_E
+    else:
+        x = raw * (scale * LOG2_E)
+    return x
+
+
+@triton.jit
+def store_logits(
+    logits_ptrs,  # of codes and of the maxima of tiles, see `attention_kernel`
+    logits,  # [TILE, COLUMNS]
+    maximum,  # [COLUMNS], of the tile
+    first_tile,
+    kv_head,
+    start,  # the tile's first token, as `first_tile` of the row's tiles
+    column,
+    columns,  # those that are stored
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A tile's logits, as codes, and their maxima."""
+    tile = (first_tile + start // SHAPE.LOGIT_TILE).to(tl.int64)
+    subtile = tile * (SHAPE.LOGIT_TILE // TILE) + start % SHAPE.LOGIT_TILE // TILE
+    token = (start + tl.arange(0, TILE)) % SHAPE.LOGIT_TILE
+    place = (tile * SHAPE.KV_HEADS + kv_head) * SHAPE.LOGIT_TILE + token
+    # They stay in the L2 cache until they are scored.
+    tl.store(
+        logits_ptrs[0] + place[:, None] * SHAPE.QUERIES + column[None, :],
+        encode_distance((maximum + 1.0)[None, :] - logits),
+        mask=(column < columns)[None, :],
+        eviction_policy="evict_last",
+    )
+    tl.store(
+        logits_ptrs[1] + (subtile * SHAPE.KV_HEADS + kv_head) * SHAPE.QUERIES + column,
+        maximum,
+        mask=column < columns,
+        eviction_policy="evict_last",
+    )
 
 
 @triton.jit

@@ -1,10 +1,8 @@
-"""The query tokens of a row: which columns are whose, what they see, and loading their queries.
+"""The query tokens of a row: in which order they come, what they see, and loading their queries.
 
 A row of q query tokens that ends at token n has them at n - q to n - 1 (`DecodeRows`). The j-th sees n - (q -
 1 - j) tokens, and so one less for each token behind it: of a row's kept tokens, too, as all that not every
-query token sees lies in the row's recent pages. A program attends for several tokens and the query heads of
-one KV head in the columns of one matrix product, token by token. The first columns are those of the token
-that chooses.
+query token sees lies in the row's recent pages.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ LOWEST_LOGIT = tl.constexpr(-1e30)
 
 @triton.jit
 def ordered_token(index, query_len):
-    """Query tokens of a row in the order of columns, the one that chooses its pages before all others.
+    """Query tokens of a row in the order of programs, the one that chooses its pages before all others.
 
     It is the first. ``query_len - 1 - index`` would let the last one choose.
     """
@@ -35,17 +33,6 @@ def seen_tokens(total, query_len, query_token):
 def all_seen_tokens(total, query_len):
     """The same, summed up over the row's query tokens."""
     return query_len * total - query_len * (query_len - 1) // 2
-
-
-@triton.jit
-def first_columns(values, COLUMNS: tl.constexpr):
-    """The first columns of ``[tokens, columns]``: ``[tokens, COLUMNS]``, both powers of two."""
-    tokens: tl.constexpr = values.shape[0]
-    for _ in tl.static_range(6):  # halves, as long as there are too many
-        if values.shape[1] > COLUMNS:
-            halves = tl.reshape(values, (tokens, 2, values.shape[1] // 2))
-            values, _behind = tl.split(tl.permute(halves, (0, 2, 1)))
-    return values
 
 
 @triton.jit

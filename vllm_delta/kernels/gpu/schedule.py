@@ -280,10 +280,10 @@ def tunings(
     """Settings of selection and of sparse layers, for so many rows of up to `query_len` query tokens."""
     key_bytes, units = shape.padded_head_size * itemsize, rows * shape.programs_per_split(query_len)
     limits = shared_memory(device), multiprocessors(device)
-    columns = shape.band_columns(-(-query_len // shape.bands(query_len))) if query_len > 1 else None
+    queries = shape.band_queries if query_len > 1 else None
     return (
-        choose_tuning(key_bytes, units, *limits, sparse=False, columns=columns),
-        choose_tuning(key_bytes, units, *limits, sparse=True, quantized=shape.quantized, columns=columns),
+        choose_tuning(key_bytes, units, *limits, sparse=False, queries=queries),
+        choose_tuning(key_bytes, units, *limits, sparse=True, quantized=shape.quantized, queries=queries),
     )
 
 

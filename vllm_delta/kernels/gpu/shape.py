@@ -11,12 +11,9 @@ from torch import Tensor
 from vllm_delta.kernels.gpu.logits import LOGIT_TILE
 from vllm_delta.method.rows import SelectionRule
 
-#: Columns of the matrix products of a program with several query tokens, at most.
-MOST_COLUMNS = 64
-
-#: Numbers that such a program accumulates, padded head size times columns, at most: 64 for each of the
-#: threads of four warps.
-MOST_ACCUMULATED = 8192
+#: Queries, of all tokens and heads, that a program with several query tokens attends for: what a warp group's
+#: matrix products take, so fewer are padded.
+BAND_QUERIES = 64
 
 
 class KernelShape(NamedTuple):
@@ -46,8 +43,8 @@ class KernelShape(NamedTuple):
     TOKENS: int
     #: those of them that a program attends for
     BAND: int
-    #: columns of such a program, one for each of its tokens and heads, padded to a power of two
-    BAND_COLUMNS: int
+    #: queries of such a program, one for each of its tokens and heads, padded to a power of two
+    BAND_QUERIES: int
 
 
 class AttentionKind(NamedTuple):
@@ -110,21 +107,17 @@ class LayerShape:
         """Query heads, with those of each KV head padded to a power of two."""
         return self.num_kv_heads * self.padded_queries
 
-    def band_columns(self, tokens: int) -> int:
-        """Columns of a program that attends for so many query tokens of a row."""
-        return max(8, self.padded_queries, next_power_of_2(tokens * self.num_heads // self.num_kv_heads))
+    @property
+    def band_queries(self) -> int:
+        """Queries of a program that attends for several query tokens of a row, padding with them."""
+        return max(BAND_QUERIES, self.padded_queries)
 
     def bands(self, query_len: int) -> int:
         """Programs that share the up to `query_len` query tokens of a row, as evenly as they can.
 
-        The fewest with `MOST_COLUMNS` columns and `MOST_ACCUMULATED` numbers or fewer, or else with a token
-        each. Each of them reads the keys and values.
+        The fewest with `band_queries` or fewer. Each of them reads the keys and values.
         """
-        if query_len == 1:
-            return 1
-        most = min(MOST_COLUMNS, MOST_ACCUMULATED // self.padded_head_size)
-        fitting = [tokens for tokens in range(1, query_len + 1) if self.band_columns(tokens) <= most]
-        return -(-query_len // max(fitting, default=1))
+        return -(-query_len // max(1, self.band_queries * self.num_kv_heads // self.num_heads))
 
     def programs_per_split(self, query_len: int) -> int:
         """Programs that attend to a split of rows of up to `query_len` query tokens."""
@@ -146,7 +139,7 @@ class LayerShape:
             KEEPS_LAST=rule.recent_pages > 0,
             TOKENS=query_len,
             BAND=band,
-            BAND_COLUMNS=self.band_columns(band),
+            BAND_QUERIES=self.band_queries,
         )
 
 

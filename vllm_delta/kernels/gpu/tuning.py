@@ -61,15 +61,12 @@ class Rule:
     load: tuple[float, float] = (0.0, math.inf)
     #: whether they hold for a quantised cache, too, whose programs compute more
     quantized: bool = True
-    #: of a program's matrix products, where rows have several query tokens
-    columns: float = math.inf
 
-    def holds(self, key_bytes: int, units: int, multiprocessors: int, quantized: bool, columns: int) -> bool:
-        """Whether it holds for these keys, rows times KV heads, GPU, cache and columns."""
+    def holds(self, key_bytes: int, units: int, multiprocessors: int, quantized: bool) -> bool:
+        """Whether it holds for these keys, rows times KV heads, GPU and cache."""
         over, most = self.load
         return (
             key_bytes <= self.key_bytes
-            and columns <= self.columns
             and units <= self.units
             and over * multiprocessors < units <= most * multiprocessors
             and (self.quantized or not quantized)
@@ -111,26 +108,21 @@ _SPARSE = (
     Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=4), key_bytes=256),
     *_LONG_KEYS,
 )
-# Several query tokens make more columns, which take registers and shared memory: with more than 16 of 128
-# numbers, two programs run at a time. Chosen by what fits an H200, and not measured.
-_SEVERAL_LONG_KEYS = (
+# Several query tokens take the registers of two programs. Long keys were not measured.
+_MULTI_TOKEN_LONG_KEYS = (
     Rule(Tuning(tile=64, num_warps=8, num_stages=2, programs=1), key_bytes=512),
     Rule(Tuning(tile=32, num_warps=8, num_stages=2, programs=1), key_bytes=1024),
 )
-_SEVERAL_SELECTION = (
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3, waves=4), key_bytes=256, columns=16),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=2, waves=4), key_bytes=256, columns=32),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=2, waves=4), key_bytes=256),
-    *_SEVERAL_LONG_KEYS,
+_MULTI_TOKEN_SELECTION = (
+    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=2, waves=4), key_bytes=256),
+    *_MULTI_TOKEN_LONG_KEYS,
 )
-_SEVERAL_SPARSE = (
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=3), key_bytes=256, columns=16),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=2), key_bytes=256, columns=32),
-    Rule(Tuning(tile=64, num_warps=4, num_stages=2, programs=2), key_bytes=256),
-    *_SEVERAL_LONG_KEYS,
+_MULTI_TOKEN_SPARSE = (
+    Rule(Tuning(tile=64, num_warps=4, num_stages=3, programs=2), key_bytes=256),
+    *_MULTI_TOKEN_LONG_KEYS,
 )
 
-#: Bytes of shared memory that a program takes beside its tiles, at most, where it has few columns.
+#: Bytes of shared memory that a program takes beside its tiles, at most, where rows have one query token.
 _SHARED_MARGIN = 12 << 10
 
 
@@ -142,7 +134,7 @@ def choose_tuning(
     *,
     sparse: bool,
     quantized: bool = False,
-    columns: int | None = None,
+    queries: int | None = None,
 ) -> Tuning:
     """The settings for keys of `key_bytes`, padded and in the type in which the kernel computes.
 
@@ -154,20 +146,20 @@ def choose_tuning(
         multiprocessors: of the GPU.
         sparse: for sparse layers, else for selection layers.
         quantized: whether the cache is, so that keys are converted.
-        columns: of the matrix products, where rows have several query tokens; None where they have one.
+        queries: of a program, where rows have several query tokens; None where they have one.
 
     Raises:
         ValueError: longer keys, or too little shared memory for the smallest tiles.
     """
     rules: tuple[Rule, ...]
-    if columns is None:
+    if queries is None:
         rules = _SPARSE if sparse else _SELECTION
     else:
-        rules = _SEVERAL_SPARSE if sparse else _SEVERAL_SELECTION
+        rules = _MULTI_TOKEN_SPARSE if sparse else _MULTI_TOKEN_SELECTION
     for rule in rules:
-        if not rule.holds(key_bytes, units, multiprocessors, quantized, columns or 0):
+        if not rule.holds(key_bytes, units, multiprocessors, quantized):
             continue
-        tuning = _fit(rule.tuning, key_bytes, columns or 0, shared_memory)
+        tuning = _fit(rule.tuning, key_bytes, queries or 0, shared_memory)
         # Whole rows are for the very tiles and keys that were measured.
         if not tuning.whole or (tuning == rule.tuning and key_bytes == rule.key_bytes):
             return tuning
@@ -184,8 +176,8 @@ def most_full_units(key_bytes: int, multiprocessors: int) -> int:
     return multiprocessors // 2 if key_bytes == 256 else 0
 
 
-def _fit(tuning: Tuning, key_bytes: int, columns: int, shared_memory: int) -> Tuning:
-    while shared_bytes(tuning, key_bytes, columns) > shared_memory:
+def _fit(tuning: Tuning, key_bytes: int, queries: int, shared_memory: int) -> Tuning:
+    while shared_bytes(tuning, key_bytes, queries) > shared_memory:
         if tuning.num_stages > 2:
             tuning = dataclasses.replace(tuning, num_stages=tuning.num_stages - 1)
         elif tuning.tile > MIN_TILE:
@@ -195,15 +187,16 @@ def _fit(tuning: Tuning, key_bytes: int, columns: int, shared_memory: int) -> Tu
     return tuning
 
 
-def shared_bytes(tuning: Tuning, key_bytes: int, columns: int) -> int:
-    """Bytes of shared memory that a program takes, at most; `columns` as in `choose_tuning`, or 0.
+def shared_bytes(tuning: Tuning, key_bytes: int, queries: int) -> int:
+    """Bytes of shared memory that a program takes, at most; `queries` as in `choose_tuning`, or 0.
 
     Beside its tiles these are the queries and a tile's probabilities, in up to 4 bytes each.
     """
-    beside = columns * (key_bytes + 4 * tuning.tile)
+    beside = queries * (key_bytes + 4 * tuning.tile)
     return tuning.num_stages * tuning.tile * 2 * key_bytes + beside + _SHARED_MARGIN
 
 
 def all_tunings() -> list[Tuning]:
     """All settings."""
-    return [rule.tuning for rule in (*_SELECTION, *_SPARSE, *_SEVERAL_SELECTION, *_SEVERAL_SPARSE)]
+    tables = _SELECTION, _SPARSE, _MULTI_TOKEN_SELECTION, _MULTI_TOKEN_SPARSE
+    return [rule.tuning for table in tables for rule in table]
