@@ -32,11 +32,12 @@ def choose_pages(token_scores, page_size, budget_pages, recent_pages, sink_pages
 
 
 def logprobs_with_masks(
-    model: Path, prompt: list[int], answer: list[int], selection_layers, full_layers, budget
+    model: Path, prompt: list[int], answer: list[int], selection_layers, full_layers, budget, rows=None
 ) -> torch.Tensor:
     """Log-probabilities ``[len(answer), vocabulary]`` of each answer token's step, in float64.
 
-    `budget`: page_size, budget_pages, recent_pages, sink_pages.
+    `budget`: page_size, budget_pages, recent_pages, sink_pages. `rows`: of positions that were computed
+    together with others, where these begin and end; the first of them chooses for all.
     """
     prompt_len, length = len(prompt), len(prompt) + len(answer) - 1
     chosen = {}
@@ -45,8 +46,11 @@ def logprobs_with_masks(
         if layer in selection_layers:
             chosen["mask"] = torch.ones(length, length, dtype=torch.bool)
             for row in range(prompt_len, length):
-                token_scores = probabilities[:, row, : row + 1].amax(0).numpy()
-                chosen["mask"][row, : row + 1] = torch.from_numpy(choose_pages(token_scores, *budget))
+                first, end = (rows or {}).get(row, (row, row + 1))
+                token_scores = np.zeros(end)
+                token_scores[: first + 1] = probabilities[:, first, : first + 1].amax(0).numpy()
+                kept = torch.from_numpy(choose_pages(token_scores, *budget))
+                chosen["mask"][row, : row + 1] = kept[: row + 1]
             return None
         return chosen["mask"] if layer >= full_layers else None
 

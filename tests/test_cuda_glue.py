@@ -21,6 +21,8 @@ from vllm_delta.integration.cuda.layer import DeltaCUDAImpl, decode
 from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, LayerGroup
 from vllm_delta.integration.cuda.state import LOGITS_SHARE, CUDAState, _logit_tokens
 from vllm_delta.integration.probe import Probe
+from vllm_delta.integration.settings import settings_of
+from vllm_delta.integration.speculation import verified_tokens
 from vllm_delta.integration.worker_methods import DeltaWorkerMethods
 from vllm_delta.integration.worker_state import WrittenTable
 from vllm_delta.kernels.gpu import attention, combine, scores, select
@@ -60,6 +62,8 @@ class Step:
             workspace=gpu.workspace,
             requests=gpu.rows.requests,
             kept_pages=gpu.rows.kept_pages,
+            query_lens=torch.full_like(gpu.rows.kept_pages, 4),
+            max_query_len=4,
             schedules={gpu.shape: [gpu.schedule]},
         )
         self.group = LayerGroup(tuple(sorted(roles)), gpu.shape)
@@ -282,6 +286,7 @@ def test_prompt_rows_of_single_token_steps_keep_everything(monkeypatch):
     lengths = torch.tensor([40, 50, 60, 0], dtype=torch.int32)
     common = SimpleNamespace(
         num_reqs=4,
+        max_query_len=1,
         query_start_loc=torch.arange(5, dtype=torch.int32, device=DEVICE),
         seq_lens=lengths.to(DEVICE),
         seq_lens_cpu_upper_bound=lengths,
@@ -291,23 +296,88 @@ def test_prompt_rows_of_single_token_steps_keep_everything(monkeypatch):
         ([10, 50, 10, 0], [4, ALL_PAGES, 4, 4]),
         ([10, 10, 10, 0], [4, 4, 4, 4]),
     ):
-        rows = step.state.single_token_rows(common, torch.tensor(prompt_lens))
-        assert rows.kept_pages.tolist() == expected
+        rows = step.state.uniform_rows(common, torch.tensor(prompt_lens))
+        assert rows.kept_pages.tolist() == expected and rows.query_lens is None
+    # With four tokens each, what begins in a prompt does: the first of 50 tokens stands behind 46 others.
+    common.max_query_len, common.query_start_loc = 4, 4 * common.query_start_loc
+    rows = step.state.uniform_rows(common, torch.tensor([36, 47, 60, 0]))
+    assert rows.kept_pages.tolist() == [4, ALL_PAGES, ALL_PAGES, 4]
+    assert (rows.query_lens.tolist(), rows.max_query_len) == ([4] * 4, 4)
+    assert rows.tokens.tolist() == [0, 4, 8, 12]
     step.state.use(dataclasses.replace(DELTA, budget_tokens=128), step.state.plan)
-    assert step.state.single_token_rows(common, torch.tensor([10] * 4)).kept_pages.tolist() == [8] * 4
+    assert step.state.uniform_rows(common, torch.tensor([10] * 4)).kept_pages.tolist() == [8] * 4
 
 
 @pytest.mark.parametrize(
-    ("delta", "support"),
+    ("delta", "drafts", "support"),
     [
-        ({}, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
-        ({"policy": "quest"}, AttentionCGSupport.NEVER),
-        ({"recall_sample_steps": 50}, AttentionCGSupport.NEVER),
+        ({}, None, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ({"policy": "quest"}, 3, AttentionCGSupport.NEVER),
+        ({"recall_sample_steps": 50}, None, AttentionCGSupport.NEVER),
+        ({}, 3, AttentionCGSupport.UNIFORM_BATCH),
+        ({"recent_tokens": 16}, 3, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ({"lossless": True}, 7, AttentionCGSupport.UNIFORM_BATCH),
     ],
 )
-def test_what_needs_python_is_not_captured(delta, support):
-    vllm_config = SimpleNamespace(additional_config={"delta": delta})
+def test_what_graphs_hold(delta, drafts, support):
+    vllm_config = vllm_config_of(delta, drafts)
     assert DeltaCUDAMetadataBuilder.get_cudagraph_support(vllm_config, None) is support
+
+
+def vllm_config_of(delta, drafts, *, v2=True, device_type="cuda"):
+    return SimpleNamespace(
+        additional_config={"delta": delta},
+        speculative_config=None if drafts is None else SimpleNamespace(num_speculative_tokens=drafts),
+        device_config=SimpleNamespace(device_type=device_type),
+        use_v2_model_runner=v2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("delta", "drafts", "options", "tokens"),
+    [
+        ({}, None, {}, 1),
+        ({}, 3, {}, 4),
+        ({}, 15, {}, 16),
+        ({}, 16, {}, 1),
+        ({}, 3, {"v2": False}, 1),
+        ({}, 3, {"v2": False, "device_type": "cpu"}, 4),
+        ({"recent_tokens": 32}, 15, {}, 16),
+        ({"recent_tokens": 16}, 3, {}, 1),
+        ({"recent_tokens": 4, "page_size": 1}, 3, {}, 4),
+        ({"recent_tokens": 4, "page_size": 1}, 4, {}, 1),
+        ({"lossless": True, "draft_tokens": 5}, 5, {}, 6),
+    ],
+)
+def test_how_many_tokens_are_verified_together(delta, drafts, options, tokens):
+    vllm_config = vllm_config_of(delta, drafts, **options)
+    assert verified_tokens(settings_of(vllm_config), vllm_config) == tokens
+
+
+@pytest.mark.parametrize("query_lens", [(4,) * 5, (4, 1, 3, 1, 4)])
+def test_steps_that_verify_drafts(query_lens):
+    """Rows of a token and its drafts: the pages of the first one, and all that came since."""
+    lengths = (200, 0, 40, 150, 97)
+    case = Case(lengths, kept_pages=KEPT, query_lens=query_lens, recent_pages=2, dtype=DTYPE)
+    step = Step(case, settings(Budget(64, 32, 16, 16), "delta"), roles=ROLES)
+    gpu = step.gpu
+    step.state.make_schedules(step.metadata.launches, gpu.shape, 2)
+    outputs = {index: step.decode(index) for index in (4, 5, 7, 8)}
+    for row in case.real_rows:
+        kept = gpu.pages()[row]
+        for token in range(query_lens[row]):
+            query, keys, values, sinks = row_tensors(step.batch, row, token)
+            for index, output in outputs.items():
+                position = torch.arange(keys.shape[1])
+                mask = position <= lengths[row] - query_lens[row] + token
+                if kept is not None and ROLES[index] is Role.SPARSE:
+                    mask &= torch.isin(position // 16, kept)
+                exact = weighted_sum(masked_probabilities(case, query, keys, sinks, mask), values)
+                actual = output[int(gpu.rows.tokens[row]) + token].to(exact.device)
+                torch.testing.assert_close(actual.double(), exact, atol=0.01, rtol=0.01)
+    assert step.state.counters.as_dict()["layers"]["sparse"]["rows"] == 2 * sum(
+        query_lens[row] for row in case.real_rows
+    )
 
 
 GIB = 1 << 30

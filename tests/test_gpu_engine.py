@@ -72,7 +72,13 @@ ENGINES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], dict[str, s
     "pages of 128": ("DELTA", PAGES_128, FINE | {"block_size": 128}, {}),
     "windows, dense": ("FLASH_ATTN", None, {}, {}),
     "windows": ("DELTA", None, {}, {}),
-    "ngram": ("DELTA", SMALL, FINE | {"speculative_config": NGRAM}, {}),
+    "ngram": ("DELTA", SMALL, FINE | {"speculative_config": NGRAM}, {"VLLM_GPU_SYNC_CHECK": "error"}),
+    "ngram, no graphs": (
+        "DELTA",
+        SMALL,
+        FINE | {"speculative_config": NGRAM, "compilation_config": {"cudagraph_mode": "NONE"}},
+        {},
+    ),
     "fine, dense": ("FLASH_ATTN", None, FINE, {}),
     "lossless": ("DELTA", LOSSLESS, FINE, {"VLLM_GPU_SYNC_CHECK": "error"}),
     "lossless, own": ("DELTA", LOSSLESS | {"draft_pages": "own"}, FINE, {}),
@@ -243,12 +249,18 @@ def test_first_decode_step_tells_sparse_from_dense(results):
     assert max(distance for distance in distances if distance is not None) > 2 * ROUNDING
 
 
-@pytest.mark.parametrize("name", ["graphs", "V1 runner", "large blocks"])
-def test_same_tokens_as_without_graphs(results, name):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("graphs", "no graphs"),
+        ("V1 runner", "no graphs"),
+        ("large blocks", "no graphs"),
+        ("ngram", "ngram, no graphs"),
+    ],
+)
+def test_same_tokens_as_without_graphs(results, name, other):
     """The same arithmetic gives the same tokens, whoever launches it and wherever the cache's blocks lie."""
-    assert [answer.tokens for answer in results[name][0]] == [
-        answer.tokens for answer in results["no graphs"][0]
-    ]
+    assert [answer.tokens for answer in results[name][0]] == [answer.tokens for answer in results[other][0]]
 
 
 @pytest.mark.parametrize(

@@ -236,15 +236,6 @@ def test_delta_for_full_attention_layers_only(sliding_model):
     assert 0 < sparse["attended_tokens"] < sparse["context_tokens"]
 
 
-def test_ngram_speculation_changes_no_token(tiny_model):
-    """Verifying several tokens in one step selects for each of them as a step of its own would."""
-    options = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    plain = answers(tiny_model, "DELTA", SMALL_BUDGET)
-    speculative = answers(tiny_model, "DELTA", SMALL_BUDGET, speculative_config=options)
-    assert speculative.accepted > 0
-    assert speculative.tokens == plain.tokens
-
-
 def test_lossless_over_http(tiny_model, tmp_path):
     """Full attention's answers, and everything else that a request may ask for."""
     delta = {"delta": {**SMALL_BUDGET, "lossless": True, "draft_when": "always"}}

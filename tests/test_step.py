@@ -4,10 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_delta.method.rows import DecodeRows
 from vllm_delta.method.step import split_step
 
 
-def split(requests):
+def split(requests, most=1):
     """`requests`: (query length, sequence length, prompt length) each."""
     query_lens = [query for query, _, _ in requests]
     return split_step(
@@ -15,6 +16,7 @@ def split(requests):
         torch.tensor([length for _, length, _ in requests], dtype=torch.int32),
         torch.tensor([prompt for _, _, prompt in requests], dtype=torch.int32),
         torch.arange(len(requests), dtype=torch.int32) + 100,
+        most,
     )
 
 
@@ -62,6 +64,25 @@ def test_recomputed_tokens_become_rows():
     assert step.prefill.tokens.tolist() == [0, 1, 2]
     assert step.prefill.seq_lens.tolist() == [10]
     assert rows_of(step) == [(3, 0, 11), (4, 0, 12), (5, 0, 13)]
+
+
+def test_a_token_and_its_drafts_are_one_row():
+    """Behind a prompt, if they are no more than a row has; what is computed again is not."""
+    step = split([(4, 24, 10), (2, 32, 30), (0, 0, 0), (5, 25, 10), (3, 11, 10), (4, 10, 10)], most=4)
+    rows = step.rows
+    assert rows_of(step) == [
+        (0, 0, 24),
+        (4, 1, 32),
+        *((6 + index, 3, 21 + index) for index in range(5)),
+        (13, 4, 11),
+    ]
+    assert rows.query_lens.tolist() == [4, 2, *[1] * 5, 1]
+    assert rows.max_query_len == 4
+    assert step.prefill.requests.tolist() == [4, 5]
+    assert step.prefill.tokens.tolist() == [11, 12, *range(14, 18)]
+    pages = torch.full_like(rows.kept_pages, 2)
+    within = DecodeRows(rows.tokens, rows.requests, rows.lengths, pages, rows.query_lens, 4)
+    assert within.num_within_budget(12) == 4 + 4 + 1, "query tokens, up to 24"
 
 
 def test_padding_requests_are_left_out():

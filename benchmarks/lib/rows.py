@@ -86,7 +86,7 @@ class Measurement(EngineRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Drafted(EngineRun):
-    """One case and rate of acceptance of the benchmark of lossless speculation, in one process."""
+    """One case and rate of acceptance of the benchmark of speculation, in one process."""
 
     baseline: str  # the backend that speed-ups refer to
     batch: int
@@ -94,6 +94,7 @@ class Drafted(EngineRun):
     prompt_tokens: int  # the context, less what the model's positions have no room for
     output_short: int
     output_long: int
+    ngram_tokens: int  # that vLLM drafts by n-grams, for all backends; 0: DELTA drafts, losslessly
     acceptance: float | None  # of a draft behind accepted ones, as given; None where nothing is drafted
     tokens_per_step: float  # of a sequence
     ms_per_token: float  # of a sequence: median of samples_ms

@@ -1,8 +1,9 @@
-"""Decode speed of lossless speculation against a dense backend, inside vLLM.
+"""Decode speed under speculation against a dense backend, inside vLLM: lossless, or with n-gram drafts.
 
     python benchmarks/lossless.py                               # the platform's dense backend and DELTA
     python benchmarks/lossless.py --acceptance 0.94,0.98,1 --cases 24x32k,32x2k,1x1k
     python benchmarks/lossless.py --delta '{"lossless": true, "draft_pages": "fresh"}'
+    python benchmarks/lossless.py --ngram 4 --cases 16x32k      # vLLM's n-gram drafts, for both backends
 
 What is measured is a token's time: that of all passes that draft and verify, divided by the tokens that they
 give each sequence. Models, caches and cases are those of `benchmarks.speed.decode`. How many drafts are
@@ -128,15 +129,15 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Drafted], skipp
     engine["kv_transfer_config"] = NOISE_IN_CACHE
     shared = describe_run(args, "benchmarks/lossless.py") | {"baseline": arms[0]}
     for arm in arms:
-        drafts = arm.partition("#")[0] == DELTA and args.platform == "cuda"
-        rates = args.acceptance if drafts else [None]
+        drafts = args.ngram or arm.partition("#")[0] == DELTA
+        rates = args.acceptance if drafts and args.platform == "cuda" else [None]
         job = worker_job(args, engine, arm) | {
             "prompts": [str(prompt_case(case, args)) for case in args.cases],
             "lengths": args.lengths,
             "samples": args.samples,
             "rates": rates,
         }
-        if rates != [None]:
+        if args.ngram or rates != [None]:
             job["engine"] |= {"speculative_config": speculation(args, engine["model"])}
         measured = [(case, rate) for case in args.cases for rate in rates]
         with contextlib.closing(run_worker(MODULE, job, folder / f"{arm}.log")) as results:
@@ -151,16 +152,22 @@ def benchmark(args: argparse.Namespace, folder: Path, rows: list[Drafted], skipp
 
 
 def speculation(args: argparse.Namespace, model: str) -> Json:
-    """The model as its own draft model, as DELTA has it, with rates of acceptance that are set later."""
-    drafts = args.delta.get("draft_tokens", 7)
-    return {
-        "method": "draft_model",
-        "model": model,
-        "num_speculative_tokens": drafts,
-        "draft_sample_method": args.delta.get("draft_sampling", "probabilistic"),
-        "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_rates": [1.0] * drafts,
-    }
+    """N-gram drafts, or the model as its own draft model, as DELTA has it.
+
+    On a GPU with rates of acceptance, which are set later.
+    """
+    drafts = args.ngram or args.delta.get("draft_tokens", 7)
+    if args.ngram:
+        speculative: Json = {"method": "ngram", "prompt_lookup_max": 4}
+    else:
+        sampling = args.delta.get("draft_sampling", "probabilistic")
+        speculative = {"method": "draft_model", "model": model, "draft_sample_method": sampling}
+    if args.platform == "cuda":
+        speculative |= {
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_rates": [1.0] * drafts,
+        }
+    return speculative | {"num_speculative_tokens": drafts}
 
 
 def to_row(case: Case, rate: float | None, result: Json, args: argparse.Namespace, shared: Json) -> Drafted:
@@ -172,6 +179,7 @@ def to_row(case: Case, rate: float | None, result: Json, args: argparse.Namespac
         prompt_tokens=prompt,
         output_short=args.lengths[0],
         output_long=args.lengths[1],
+        ngram_tokens=args.ngram,
         acceptance=rate,
         tokens_per_step=round(result["tokens_per_step"], 4),
         ms_per_token=round(ms, 4),
@@ -193,12 +201,13 @@ def token_counts(what: str, counts: Json, budget: int) -> Json:
 
 
 def table(rows: Sequence[Drafted]) -> str:
-    """All rows as aligned text, with speed-ups over the baseline of the same case."""
-    baseline = {row.case: row.ms_per_token for row in rows if row.backend == row.baseline}
+    """All rows as aligned text, with speed-ups over the baseline of the same case and, if it drafts, rate."""
+    baseline = {(row.case, row.acceptance): row.ms_per_token for row in rows if row.backend == row.baseline}
     lines = [TABLE_HEAD]
     for row in sorted(rows, key=lambda row: (row.case.context, row.case.batch)):
         is_baseline = row.backend == row.baseline
-        speedup = baseline[row.case] / row.ms_per_token if row.case in baseline else None
+        dense = baseline.get((row.case, row.acceptance), baseline.get((row.case, None)))
+        speedup = None if dense is None else dense / row.ms_per_token
         memory = row.peak_memory_bytes
         lines.append(
             (
@@ -218,7 +227,7 @@ def table(rows: Sequence[Drafted]) -> str:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, checked, with the platform's defaults; exits with a message if it is wrong."""
     parser = argparse.ArgumentParser(
-        description="Decode speed of lossless speculation against a dense backend, inside vLLM.",
+        description="Decode speed under speculation against a dense backend, inside vLLM.",
         epilog="The module's docstring says what is measured and why so.",
     )
     add_arguments(parser)
@@ -227,9 +236,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=3, help="slopes per case and rate (3)")
     parser.add_argument("--lengths", metavar="SHORT,LONG", help="of the output (CPU: 16,144, GPU: 16,272)")
     parser.add_argument("--acceptance", default="0.94,0.98,1", help="of a draft behind accepted ones")
+    parser.add_argument(
+        "--ngram",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let vLLM draft N tokens by n-grams, for all backends",
+    )
     args = parser.parse_args(argv)
     complete_arguments(parser, args, Drafted, "lossless", DEFAULTS)
-    args.delta = {"lossless": True} | args.delta
+    if not args.ngram:
+        args.delta = {"lossless": True} | args.delta
     try:
         args.lengths = [int(text) for text in args.lengths.split(",")]
         args.acceptance = [float(text) for text in args.acceptance.split(",")]
@@ -237,8 +254,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         args.cases = list(dict.fromkeys(Case.parse(text) for text in args.cases.split(",")))
     except ValueError as error:
         parser.error(str(error))
-    if not 1 <= short < long or args.samples < 1 or not all(0 <= rate <= 1 for rate in args.acceptance):
-        parser.error("needs 1 <= SHORT < LONG, a sample, and rates from 0 to 1")
+    rates_are_right = all(0 <= rate <= 1 for rate in args.acceptance)
+    if not 1 <= short < long or args.samples < 1 or args.ngram < 0 or not rates_are_right:
+        parser.error("needs 1 <= SHORT < LONG, a sample, rates from 0 to 1, and N not below 0")
     model = read_config(args.model) if args.model else {}
     args.positions = model.get("max_position_embeddings", POSITIONS)
     return args

@@ -271,7 +271,13 @@ def test_a_token_of_lossless_speculation_is_timed(monkeypatch, capsys):
     }
     run = machine | {"vllm_delta": "1", "python": "3", "command": "c", "shape": "s", "dtype": "d"}
     arguments = SimpleNamespace(
-        lengths=[16, 144], kv_cache_dtype="auto", budget_tokens=2048, positions=131072
+        lengths=[16, 144],
+        kv_cache_dtype="auto",
+        budget_tokens=2048,
+        positions=131072,
+        ngram=0,
+        platform="cuda",
+        delta={"draft_tokens": 3},
     )
     rows = []
     for backend, rate, ms in (("FLASH_ATTN", None, 16.0), ("DELTA", 0.98, 8.0)):
@@ -281,14 +287,24 @@ def test_a_token_of_lossless_speculation_is_timed(monkeypatch, capsys):
     assert rows[1].tokens_per_second == 3000
     lines = lossless.table(rows).splitlines()
     assert lines[2].split() == ["24x32k", "DELTA", "98%", "8.00", "3000", "2.00x", "1.00", "1.00", "GiB"]
-    assert lossless.speculation(SimpleNamespace(delta={"draft_tokens": 3}), "m") == {
+    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0, 1.0, 1.0]}
+    drafts = {"num_speculative_tokens": 3}
+    assert lossless.speculation(arguments, "m") == {
         "method": "draft_model",
         "model": "m",
-        "num_speculative_tokens": 3,
         "draft_sample_method": "probabilistic",
-        "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_rates": [1.0, 1.0, 1.0],
+        **synthetic,
+        **drafts,
     }
+    arguments.ngram, arguments.delta = 3, {}
+    ngram = {"method": "ngram", "prompt_lookup_max": 4}
+    assert lossless.speculation(arguments, "m") == ngram | synthetic | drafts
+    arguments.platform = "cpu"
+    assert lossless.speculation(arguments, "m") == ngram | drafts
+    # With drafts for both, the speed-up is over the same rate.
+    rows = [replace(row, ngram_tokens=3, acceptance=0.5) for row in rows]
+    rows.append(replace(rows[0], acceptance=1.0, ms_per_token=12.0))
+    assert [line.split()[5] for line in lossless.table(rows).splitlines()[1:]] == ["-", "2.00x", "-"]
 
 
 def test_a_profile_has_the_time_of_every_part(monkeypatch):

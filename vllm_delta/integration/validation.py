@@ -10,12 +10,10 @@ import os
 from typing import Any
 
 from vllm_delta.integration.lossless import check_lossless
+from vllm_delta.integration.speculation import METHODS
 from vllm_delta.kernels.limits import CPU, Limits
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 from vllm_delta.method.plan import check_layer_numbers, make_plan
-
-#: Speculative decoding methods that bring no attention layers of their own.
-_SPECULATIVE_METHODS = ("ngram",)
 
 #: Kinds of layers that a configuration names in `layer_types`, of which the first has full attention.
 _KNOWN_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
@@ -126,10 +124,10 @@ def _check_options(vllm_config: Any, config: DeltaConfig) -> None:
     speculative = vllm_config.speculative_config
     if config.lossless:
         check_lossless(config, vllm_config)
-    elif speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
+    elif speculative is not None and speculative.method not in METHODS:
         raise DeltaConfigError(
             f"--speculative-config with the method {speculative.method!r} is not supported by DELTA; "
-            f"accepted: {', '.join(_SPECULATIVE_METHODS)}"
+            f"accepted: {', '.join(METHODS)}"
         )
 
 

@@ -71,6 +71,8 @@ class WorkerState(Generic[Group]):
     config: DeltaConfig
     plan: Plan
     counters: Counters
+    #: query tokens of a decode row, where drafts are verified, see `verified_tokens`
+    max_query_len: int = 1
     #: of all rows of a step; None where no layer of this worker may be sparse, or each has a table of its own
     table: WrittenTable[Group] | None
     #: where drafts are made and verified

@@ -59,8 +59,9 @@ class DecodeRows:
         )
 
     def num_within_budget(self, page_size: int) -> int:
-        """Rows that attend to everything, as their sequences fit their budgets; waits for the device."""
-        return int((self.lengths <= self.kept_pages.long() * page_size).sum())
+        """Query tokens of rows that attend to everything, as they fit their budgets; waits for the device."""
+        within = self.lengths <= self.kept_pages.long() * page_size
+        return int((within if self.query_lens is None else within * self.query_lens).sum())
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ generated. It runs DELTA wherever it is computed, which makes the result indepen
 - in a decode step, a request has one such token;
 - a request that was preempted computes its generated tokens again, many in one step, behind the rest of its
   prompt. Each becomes a row that sees the tokens up to itself, as it did the first time.
-- speculative decoding verifies several tokens in one step, in the same way. Where sparse layers have made
-  the drafts, and full attention verifies them, these tokens are one row together (`split_verification`).
+- speculative decoding verifies several tokens in one step: the last one that was sampled, and drafts. They
+  are one row together, whose first token chooses its pages: for that token the result is what it would be
+  alone, and drafts behind it read pages that are some tokens older. In lossless speculation, which full
+  attention verifies, requests have one row each in any step (`split_verification`).
 
 Everything else is prefill and runs full attention: also a single token, where it is the last one of a prompt.
 """
@@ -52,8 +54,10 @@ class Step:
     num_prefill_tokens: int
 
 
-def split_step(query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, kept_pages: Tensor) -> Step:
-    """Split a batch of requests, into rows of one token each.
+def split_step(
+    query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, kept_pages: Tensor, most: int = 1
+) -> Step:
+    """Split a batch of requests, into rows of one token each, or of a token and the drafts behind it.
 
     Args:
         query_start_loc: int32 ``[requests + 1]``, on the CPU as all others: where each request's tokens start
@@ -61,16 +65,22 @@ def split_step(query_start_loc: Tensor, seq_lens: Tensor, prompt_lens: Tensor, k
         seq_lens: int32 ``[requests]``: tokens of each sequence, this step's included.
         prompt_lens: integer ``[requests]``: tokens of each prompt.
         kept_pages: int32 ``[requests]``: the budget of each request's rows, see `DecodeRows`.
+        most: query tokens of a row. A request that has more behind its prompt, or has some of its prompt in
+            the step, computes tokens again: each is a row.
     """
     batch = _Batch.of(query_start_loc, seq_lens)
     prefill_lens = np.clip(prompt_lens.numpy() - batch.first_positions, 0, batch.query_lens)
-    request, offset = _ragged_range(batch.query_lens - prefill_lens)
-    offset += prefill_lens[request]
+    generated = batch.query_lens - prefill_lens
+    row_lens = np.where((prefill_lens == 0) & (generated <= most), np.maximum(generated, 1), 1)
+    request, ordinal = _ragged_range(generated // row_lens)
+    offset, row_lens = prefill_lens[request] + ordinal, row_lens[request]
     rows = DecodeRows(
         tokens=_int32(batch.starts[request] + offset),
         requests=_int32(request),
-        lengths=_int32(batch.first_positions[request] + offset + 1),
+        lengths=_int32(batch.first_positions[request] + offset + row_lens),
         kept_pages=torch.from_numpy(kept_pages.numpy()[request]),
+        query_lens=_int32(row_lens) if most > 1 else None,
+        max_query_len=most,
     )
     return batch.split(rows, prefill_lens)
 

@@ -12,6 +12,7 @@ from vllm_delta.integration.cpu.metadata import DeltaCPUMetadata, LayerGroup
 from vllm_delta.integration.layers import find_state, local_layers
 from vllm_delta.integration.lossless import payoff_of
 from vllm_delta.integration.settings import settings_of
+from vllm_delta.integration.speculation import verified_tokens
 from vllm_delta.integration.worker_state import Drafting, WorkerState, WrittenTable
 from vllm_delta.kernels.cpu import ops
 from vllm_delta.kernels.types import SelectionTable
@@ -68,7 +69,7 @@ def set_up(vllm_config: VllmConfig) -> CPUState:
     config = settings_of(vllm_config)
     layers = local_layers(config, vllm_config)
     scheduler, max_length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
-    query_len = 1 + config.draft_tokens if config.lossless else 1
+    query_len = verified_tokens(config, vllm_config)
     # Every token of a step may be a decode row, but a sequence has no more than it may have.
     max_rows = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_length)
     most_pages = config.most_kept_pages(max_length)
@@ -88,6 +89,7 @@ def set_up(vllm_config: VllmConfig) -> CPUState:
         config=config,
         plan=layers.plan,
         counters=Counters(),
+        max_query_len=query_len,
         table=table,
         drafting=drafting,
         workspace=max(workspaces, key=Tensor.numel, default=torch.empty(0)),

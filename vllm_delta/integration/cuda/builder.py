@@ -16,6 +16,7 @@ from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, LayerGroup, 
 from vllm_delta.integration.cuda.state import CUDADrafting, layer_shape, set_up
 from vllm_delta.integration.layers import DeltaLayer
 from vllm_delta.integration.settings import settings_of
+from vllm_delta.integration.speculation import verified_tokens
 from vllm_delta.integration.validation import check_block_size
 from vllm_delta.kernels.gpu.ops import most_full_rows
 from vllm_delta.kernels.gpu.shape import LayerShape
@@ -46,7 +47,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         settings = settings_of(vllm_config)
         if not settings.runs_kernels_alone:
             return AttentionCGSupport.NEVER
-        if settings.lossless:
+        if verified_tokens(settings, vllm_config) > 1:
             return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -80,9 +81,9 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         common, state = common_attn_metadata, self.state
         if state.drafting is not None:
             return self._build_verification(common_prefix_len, common, state.drafting, fast_build)
-        single = common.max_query_len == 1
+        single, uniform = common.max_query_len == 1, self._is_uniform(common)
         whole = super().build(
-            common_prefix_len, common, fast_build or (single and self._has_few_of_vllm(state.plan))
+            common_prefix_len, common, fast_build or (uniform and self._has_few_of_vllm(state.plan))
         )
         metadata = DeltaCUDAMetadata(**vars(whole), group=self.group)
         self._count_dense(common)
@@ -90,14 +91,21 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
             return metadata
         metadata.plan = state.plan
         prompt_lens = state.prompt_lens_of(common, common.seq_lens_cpu_upper_bound)
-        if single:
-            rows: DecodeRows | None = state.single_token_rows(common, prompt_lens)
+        if uniform:
+            rows: DecodeRows | None = state.uniform_rows(common, prompt_lens)
         else:
             rows, metadata.prefill = self._split(common, prompt_lens)
         metadata.step = state.begin_step(self.group, has_rows=rows is not None)
         if rows is not None:
             self._add_rows(metadata, rows, self.group.shape, single=single)
         return metadata
+
+    def _is_uniform(self, common: CommonAttentionMetadata) -> bool:
+        """Whether every request has one token, or drafts to verify, and as many as any."""
+        query_len, most = int(common.max_query_len), self.state.max_query_len
+        if query_len == 1 or self.state.aside.is_needed(self.state.config):
+            return query_len == 1  # plain code has a row for each token
+        return query_len == most and int(common.num_actual_tokens) == most * int(common.num_reqs)
 
     def _count_dense(self, common: CommonAttentionMetadata) -> None:
         """Count what layers that are never sparse compute."""
@@ -112,8 +120,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
 
         Where no request has drafts, vLLM's own attention computes the step, and none are chosen.
         """
-        most = 1 + self.state.config.draft_tokens
-        verifies = common.max_query_len == most and common.num_actual_tokens == most * common.num_reqs
+        verifies = common.max_query_len > 1 and self._is_uniform(common)
         few = verifies and self._has_few_of_vllm(drafting.plans.verify)
         whole = super().build(common_prefix_len, common, fast or few)
         metadata = DeltaCUDAMetadata(**vars(whole), group=self.group)
@@ -141,7 +148,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
 
     def _rows_of_mixed(self, common: CommonAttentionMetadata) -> DecodeRows:
         """A row for each request of a mixed step; padding for those that stay in their prompt."""
-        count, most = common.num_reqs, 1 + self.state.config.draft_tokens
+        count, most = common.num_reqs, self.state.max_query_len
         lengths = common.seq_lens_cpu_upper_bound[:count]
         prompt_lens = self.state.prompt_lens_of(common, lengths)
         budgets = torch.full((len(prompt_lens),), self.state.config.budget_pages, dtype=torch.int32)
@@ -207,17 +214,22 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         lengths = common.seq_lens_cpu_upper_bound  # exact for prefill, and where nothing is speculated
         count = len(prompt_lens)
         kept_pages = torch.full((count,), self.state.config.budget_pages, dtype=torch.int32)
-        step = split_step(common.query_start_loc_cpu[: count + 1], lengths[:count], prompt_lens, kept_pages)
+        most = 1 if self.state.aside.is_needed(self.state.config) else self.state.max_query_len
+        starts = common.query_start_loc_cpu[: count + 1]
+        step = split_step(starts, lengths[:count], prompt_lens, kept_pages, most)
         self.state.counters.add_dense_rows("prefill", step.num_prefill_tokens * len(self.group.layers))
         if step.rows is None:
             return None, None
         rows = step.rows
         before_end = (lengths[:count][rows.requests.long()] - rows.lengths).int()
-        packed = torch.stack([rows.tokens, rows.requests, before_end, rows.kept_pages])
-        tokens, requests, before_end, kept_pages = self._to_device(packed).unbind()
+        columns = [rows.tokens, rows.requests, before_end, rows.kept_pages]
+        if rows.query_lens is not None:
+            columns.append(rows.query_lens)
+        tokens, requests, before_end, kept_pages, *others = self._to_device(torch.stack(columns)).unbind()
         lengths = common.seq_lens.index_select(0, requests) - before_end
+        query_lens = others[0] if others else None
         prefill = None if step.prefill is None else self._prefill_part(common, step.prefill)
-        return DecodeRows(tokens, requests, lengths, kept_pages), prefill
+        return DecodeRows(tokens, requests, lengths, kept_pages, query_lens, most), prefill
 
     def _prefill_part(self, common: CommonAttentionMetadata, prefill: PrefillBatch) -> PrefillPart:
         tokens, requests = (_neighbours(index) for index in (prefill.tokens, prefill.requests))

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_delta.integration.cuda.metadata import DeltaCUDAMetadata, Launch, LayerGroup
 from vllm_delta.integration.layers import LocalLayers, find_state, local_layers
 from vllm_delta.integration.settings import settings_of
+from vllm_delta.integration.speculation import verified_tokens
 from vllm_delta.integration.worker_state import Drafting, WorkerState, WrittenTable
 from vllm_delta.kernels.gpu.device import SideStream
 from vllm_delta.kernels.gpu.drafts import DraftBuffers
@@ -47,27 +48,30 @@ class CUDADrafting(Drafting):
     """What lossless speculation adds to a GPU worker; rows are requests, in the batch's order."""
 
     buffers: DraftBuffers
-    #: int32: query tokens of the rows of a step that verifies drafts of all requests
-    query_lens: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of its buffers."""
-        return super().nbytes + self.buffers.nbytes + self.query_lens.nbytes
+        return super().nbytes + self.buffers.nbytes
 
 
 @dataclass(kw_only=True)
 class CUDAState(WorkerState[LayerGroup]):
-    """One per worker, with the kernels' buffers and those of single-token steps."""
+    """One per worker, with the kernels' buffers and those of uniform steps.
+
+    These have one row of each request: of a token, or of as many as a request has where drafts are verified.
+    """
 
     #: bytes of an element as the kernels compute it
     itemsize: int
     #: None where this worker has no layer that may be sparse
     workspace: Workspace | None
-    #: int32: 0, 1, 2, ...: the requests of a single-token step's rows
+    #: int32: 0, 1, 2, ...: the requests of a uniform step's rows
     requests: Tensor
     #: int32: their budgets in pages
     kept_pages: Tensor
+    #: int32: query tokens of the rows of a step that verifies drafts of all requests
+    query_lens: Tensor
     #: by layer shape, one for each launch of a step
     schedules: dict[LayerShape, list[Schedule]]
     drafting: CUDADrafting | None = None
@@ -80,10 +84,11 @@ class CUDAState(WorkerState[LayerGroup]):
         """Bytes of device memory that DELTA holds."""
         schedules = sum(schedule.nbytes for of_shape in self.schedules.values() for schedule in of_shape)
         workspace = 0 if self.workspace is None else self.workspace.nbytes
-        return super().nbytes + workspace + schedules + self.requests.nbytes + self.kept_pages.nbytes
+        uniform = self.requests.nbytes + self.kept_pages.nbytes + self.query_lens.nbytes
+        return super().nbytes + workspace + schedules + uniform
 
     def use(self, config: DeltaConfig, plan: Plan) -> None:
-        """As for any worker; the budget of single-token steps follows."""
+        """As for any worker; the budget of uniform steps follows."""
         super().use(config, plan)
         self.kept_pages.fill_(config.budget_pages)
 
@@ -98,18 +103,19 @@ class CUDAState(WorkerState[LayerGroup]):
         needs_rows = self.aside.is_needed(self.config)
         metadata.row_indices = [row for rows in launched for row in row_indices(rows)] if needs_rows else []
 
-    def single_token_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> DecodeRows:
-        """One row per request, in buffers whose addresses a graph may keep."""
+    def uniform_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> DecodeRows:
+        """One row per request, of all its tokens, in buffers whose addresses a graph may keep."""
         self._mark_prompt_rows(prompt_lens, common)
-        return self._row_of_each(common, self.kept_pages)
+        if common.max_query_len == 1:
+            return self._row_of_each(common, self.kept_pages)
+        return self.verification_rows(common)
 
     def verification_rows(self, common: CommonAttentionMetadata) -> DecodeRows:
-        """One row per request, of all its tokens, in such buffers."""
-        assert self.drafting is not None
+        """The same, of a step in which requests have `max_query_len` tokens, all behind their prompts."""
         return replace(
             self._row_of_each(common, self.kept_pages),
-            query_lens=self.drafting.query_lens[: common.num_reqs],
-            max_query_len=1 + self.config.draft_tokens,
+            query_lens=self.query_lens[: common.num_reqs],
+            max_query_len=self.max_query_len,
         )
 
     def draft_rows(self, common: CommonAttentionMetadata) -> DecodeRows:
@@ -127,11 +133,11 @@ class CUDAState(WorkerState[LayerGroup]):
         )
 
     def _mark_prompt_rows(self, prompt_lens: Tensor, common: CommonAttentionMetadata) -> None:
-        """Let rows that are the last token of a prompt attend to everything."""
+        """Let rows that begin in a prompt attend to everything."""
         # In NumPy, whose calls take a fraction of PyTorch's: every step of a server waits for this.
         count = len(prompt_lens)
         lengths = common.seq_lens_cpu_upper_bound[:count].numpy()
-        marks = (lengths <= prompt_lens.numpy()) & (lengths > 0)
+        marks = (lengths < prompt_lens.numpy() + common.max_query_len) & (lengths > 0)
         budget_pages = self.config.budget_pages
         if not marks.any():
             if self._marked:
@@ -206,7 +212,7 @@ def _allocate(
     single_token_rows = max(scheduler.max_num_seqs, graph_rows)
     # Every token of a step may be a decode row, but a sequence has no more than it may have.
     step_rows = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_length)
-    query_len = 1 + config.draft_tokens if config.freezes_pages else 1
+    query_len = verified_tokens(config, vllm_config)
     if config.lossless:  # rows are requests
         step_rows = single_token_rows
     max_rows = launch_rows(single_token_rows, step_rows, max_length, config.page_size)
@@ -219,7 +225,7 @@ def _allocate(
             page_size=config.page_size,
             logit_tokens=_logit_tokens(vllm_config, eligible, max_rows, device),
             device=device,
-            max_query_len=query_len,
+            max_query_len=1 if config.lossless and not config.freezes_pages else query_len,
         )
     state = CUDAState(
         config=config,
@@ -229,6 +235,8 @@ def _allocate(
         workspace=workspace,
         requests=torch.arange(single_token_rows, dtype=torch.int32, device=device),
         kept_pages=torch.full((single_token_rows,), config.budget_pages, dtype=torch.int32, device=device),
+        query_lens=torch.full((single_token_rows,), query_len, dtype=torch.int32, device=device),
+        max_query_len=query_len,
         schedules={shape: [] for shape in shapes},
         side=SideStream(device) if device.type == "cuda" else None,
         table=None,
@@ -256,7 +264,6 @@ def _allocate_drafts(
         tables,
         PageChoice(config.draft_tokens),
         buffers=DraftBuffers.allocate(rows, config.draft_tokens, device),
-        query_lens=torch.full((rows,), 1 + config.draft_tokens, dtype=torch.int32, device=device),
     )
 
 
