@@ -25,6 +25,7 @@ class Source:
 SOURCES = (
     Source("decode_*.csv", rows.Measurement, "benchmarks/decode.py"),
     Source("lossless_*.csv", rows.Drafted, "benchmarks/lossless.py"),
+    Source("acceptance_*.csv", rows.Acceptance, "benchmarks/acceptance.py"),
     Source("generate_*.csv", rows.Generation, "benchmarks/generate.py"),
     Source("serve_*.csv", rows.Serving, "benchmarks/serve.py"),
     Source("profile_steps_*.csv", rows.StepProfile, "-m benchmarks.speed.profile_steps"),

@@ -108,6 +108,22 @@ class Drafted(EngineRun):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Acceptance(Run):
+    """What was accepted of the drafts of one text's prompts, in one process."""
+
+    text: str  # or a family of problems
+    prompts: int  # a batch
+    context: int  # tokens of a prompt, about
+    output: int  # tokens of an answer
+    temperature: float
+    ngram_tokens: int  # that vLLM drafts by n-grams; 0: DELTA drafts, losslessly
+    drafts: int  # steps of a request in which drafts were verified
+    accepted: str  # of these at each position, separated by spaces
+    acceptance: float  # accepted drafts over those behind accepted ones only
+    tokens_per_step: float  # of a request, in these steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation(EngineRun):
     """One part of the generation benchmark in one process.
 

@@ -79,7 +79,7 @@ def test_the_second_accuracy_benchmark_has_help(capsys):
 def test_launchers_name_scripts():
     named = {ast.parse((BENCHMARKS / name).read_text()).body[-1].body[1].module for name in LAUNCHERS}
     assert named <= set(SCRIPTS)
-    assert len(named) == len(LAUNCHERS) == 9
+    assert len(named) == len(LAUNCHERS) == 10
 
 
 def test_a_launcher_runs_in_any_folder(tmp_path):

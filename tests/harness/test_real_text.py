@@ -9,11 +9,11 @@ from argparse import Namespace
 import pytest
 from conftest import in_engine_process
 
-from benchmarks.accuracy import documents, plot_real_text, real_text
+from benchmarks.accuracy import acceptance, documents, plot_real_text, real_text
 from benchmarks.accuracy.documents import CUE, PLACES, QUOTED, Document, Source, make_document
 from benchmarks.accuracy.settings import Setting
 from benchmarks.lib.csv_rows import read_csv
-from benchmarks.lib.rows import TextLoss
+from benchmarks.lib.rows import Acceptance, TextLoss
 from benchmarks.lib.text_losses import FACTS, PROSE, QUOTES, attended_share, divergence, rise
 from vllm_delta.calibration import search
 from vllm_delta.calibration.evidence import Found
@@ -174,3 +174,34 @@ def test_an_engine_measures_once(tiny_model, tmp_path):
         assert plot_real_text.main([str(rows), str(picture)]) == 0
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     assert b"two passes" in pictures[0].read_bytes()
+
+
+def test_accepted_drafts_are_counted(tiny_model, tmp_path, capsys):
+    """Of DELTA's own drafts: each step gives one token, and those that are accepted."""
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.csv"
+    text.write_text(TEXT)
+    options = [tiny_model, "--texts", text, "--context", 3072, "--parts", 1, "--output", 33, "--csv", rows]
+    options += ["--dtype", "float32", "--delta", '{"draft_tokens": 3, "draft_pages": "own"}']
+    assert acceptance.main([str(option) for option in options]) == 0
+    (row,) = read_csv(rows, Acceptance)
+    accepted = [int(count) for count in row.accepted.split()]
+    assert row.drafts >= accepted[0] >= accepted[1] >= accepted[2] > 0
+    assert row.acceptance == pytest.approx(sum(accepted) / sum([row.drafts, *accepted[:2]]), abs=1e-4)
+    assert row.drafts + sum(accepted) in range(32, 36), "but the first token, and drafts behind the end"
+    assert json.loads(row.settings)["draft_when"] == "always"
+    assert row.text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--texts", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["--delta", '{"draft_tokens": 99}'], "delta.draft_tokens must be at most"),
+        (["--parts", "0"], "needs prompts and output"),
+        (["--ngram", "-1"], "no number may be below 0"),
+    ],
+)
+def test_wrong_options_of_the_acceptance(tiny_model, capsys, options, message):
+    with pytest.raises(SystemExit):
+        acceptance.parse_arguments([str(tiny_model), *options])
+    assert message in capsys.readouterr().err
