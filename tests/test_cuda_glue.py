@@ -15,6 +15,7 @@ from gpu_batch import DEVICE, DTYPE, GPUBatch
 from rival_masks import Budget
 from rival_rows import settings
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
 from vllm_delta.integration.cuda.builder import DeltaCUDAMetadataBuilder
 from vllm_delta.integration.cuda.layer import DeltaCUDAImpl, decode
@@ -451,3 +452,110 @@ def test_a_probe_attends_without_a_step(sliding_window, window):
 )
 def test_rows_of_a_launch(sequences, step_rows, max_length, page_size, rows):
     assert launch_rows(sequences, step_rows, max_length, page_size) == rows
+
+
+class StepBuilder:
+    """DELTA's builder without vLLM's part, whose metadata is not read; a worker that verifies 3 drafts."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+        own = {part.name for part in dataclasses.fields(DeltaCUDAMetadata)}
+        inherited = own - set(DeltaCUDAMetadata.__annotations__)
+        monkeypatch.setattr(
+            FlashAttentionMetadataBuilder,
+            "build",
+            lambda self, prefix, common, fast_build=False: SimpleNamespace(
+                **dict.fromkeys(inherited) | {"num_actual_tokens": common.num_actual_tokens}
+            ),
+        )
+        step = Step(Case(LENGTHS, dtype=DTYPE), DELTA, roles=ROLES)
+        self.state = step.state
+        self.state.requests = torch.arange(len(LENGTHS), dtype=torch.int32, device=DEVICE)
+        self.builder = object.__new__(DeltaCUDAMetadataBuilder)
+        vars(self.builder).update(
+            state=step.state,
+            group=step.group,
+            device=torch.device(DEVICE),
+            _sliding=0,
+            _not_eligible=0,
+            _counted_plan=None,
+            _full_layers=0,
+            _most_full_rows=5,
+        )
+
+    def build(self, requests):
+        """`requests`: (query length, sequence length, prompt length) each."""
+        query_lens, lengths, prompts = (list(column) for column in zip(*requests, strict=True))
+        starts = torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32)
+        lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.state.prompt_lens = lambda common: torch.tensor(prompts)
+        common = Common(
+            query_start_loc=starts.to(DEVICE),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(DEVICE),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=len(requests),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=max(query_lens),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=torch.zeros(len(requests), 20, dtype=torch.int32, device=DEVICE),
+            slot_mapping=torch.arange(int(starts[-1]), device=DEVICE),
+        )
+        return self.builder.build(0, common)
+
+
+@dataclasses.dataclass
+class Common:
+    """What the builder reads of vLLM's `CommonAttentionMetadata`."""
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu_upper_bound: torch.Tensor
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_table_tensor: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+def rows_in(metadata):
+    found = []
+    for launch in metadata.launches:
+        rows = launch.rows
+        query_lens = [1] * len(rows) if rows.query_lens is None else rows.query_lens.tolist()
+        columns = rows.tokens, rows.requests, rows.lengths, rows.kept_pages
+        found += zip(*(column.tolist() for column in columns), query_lens, strict=True)
+    return found
+
+
+def test_what_is_made_of_steps_with_drafts(monkeypatch):
+    """Uniform steps are rows in buffers that graphs keep; others are split, prompts from drafts."""
+    builder = StepBuilder(monkeypatch)
+    of_drafts = builder.build([(4, 104, 50), (4, 24, 20), (4, 40, 60)])
+    assert rows_in(of_drafts) == [(0, 0, 104, 4, 4), (4, 1, 24, 4, 4), (8, 2, 40, ALL_PAGES, 4)]
+    (launch,) = of_drafts.launches
+    assert launch.rows.kept_pages.data_ptr() == builder.state.kept_pages.data_ptr()
+    assert launch.rows.query_lens.data_ptr() == builder.state.query_lens.data_ptr()
+    assert not of_drafts.appends and not of_drafts.runs_full_layers and of_drafts.prefill is None
+
+    mixed = builder.build([(4, 104, 50), (6, 6, 90), (2, 30, 20), (7, 27, 22)])
+    assert rows_in(mixed) == [
+        (0, 0, 104, 4, 4),
+        (10, 2, 30, 4, 2),
+        *((14 + index, 3, 23 + index, 4, 1) for index in range(5)),
+    ]
+    assert mixed.launches[0].rows.max_query_len == 4
+    assert mixed.prefill.tokens.tolist() == [*range(4, 10), 12, 13]
+    assert not mixed.appends
+
+    single = builder.build([(1, 104, 50), (1, 20, 20)])
+    assert rows_in(single) == [(0, 0, 104, 4, 1), (1, 1, 20, ALL_PAGES, 1)]
+    assert single.appends and single.runs_full_layers
+
+    builder.state.use(dataclasses.replace(DELTA, policy="quest"), builder.state.plan)
+    alone = builder.build([(4, 104, 50), (4, 24, 20)])
+    assert [row[2:] for row in rows_in(alone)] == [
+        (length, 4, 1) for end in (104, 24) for length in range(end - 3, end + 1)
+    ]
