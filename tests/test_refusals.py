@@ -9,6 +9,7 @@ import pytest
 from server import vllm_command
 
 from vllm_delta.integration import validation
+from vllm_delta.integration.speculation import check_speculation
 from vllm_delta.kernels.limits import CPU, GPU
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 
@@ -136,11 +137,13 @@ def test_options(engine_config, tiny_model, options, parts):
     expect_refusal(lambda: engine_config(tiny_model, **options), *parts)
 
 
-def test_a_draft_model_is_refused(engine_config, tiny_model):
+def test_a_draft_model_is_for_cpus(engine_config, tiny_model):
     draft = {"model": str(tiny_model), "num_speculative_tokens": 2}
+    config = engine_config(tiny_model, speculative_config=draft)
+    assert config.cache_config.block_size == 32, "which CPU_ATTN takes, too"
+    config.device_config.device_type = "cuda"
     expect_refusal(
-        lambda: engine_config(tiny_model, speculative_config=draft),
-        *["--speculative-config", "'draft_model'", "accepted: ngram"],
+        lambda: check_speculation(config), "--speculative-config", "'draft_model'", "accepted: ngram"
     )
 
 

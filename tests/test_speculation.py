@@ -14,7 +14,10 @@ from engines import start_engine
 ROLES = {"full_layers": 1, "selection_layers": [1, 4]}
 BUDGET = {"budget_tokens": 128, "recent_tokens": 32, "sink_tokens": 16}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-STEPS = 40
+#: drafts by another model, whose layers run dense; here by the same one, to have some accepted
+DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 3}
+#: enough for a model of random weights to repeat itself, which n-grams need
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +52,15 @@ def recorded_rows(worker):
     return worker.recorded
 
 
-def verify(model, delta):
+def speculation(model, method):
+    return {"ngram": NGRAM, "draft_model": {**DRAFT_MODEL, "model": str(model)}}[method]
+
+
+def verify(model, method):
     """Each prompt by itself: its answer, and its rows, as (length, query tokens) in the steps' order."""
     answers, rows = [], []
-    options = {"speculative_config": NGRAM, "enable_prefix_caching": False}
-    with start_engine(model, "DELTA", {**BUDGET, **ROLES, **delta}, **options) as engine:
+    options = {"speculative_config": speculation(model, method), "enable_prefix_caching": False}
+    with start_engine(model, "DELTA", {**BUDGET, **ROLES}, **options) as engine:
         for prompt in make_prompts():
             engine.llm.collective_rpc(record_rows)
             answers += engine.generate([prompt], STEPS, logprobs=5)
@@ -62,9 +69,10 @@ def verify(model, delta):
         return answers, rows, engine.metric("vllm:spec_decode_num_accepted_tokens"), engine.counters()
 
 
-def test_drafts_read_the_pages_of_the_token_before_them(model):
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafts_read_the_pages_of_the_token_before_them(model, method):
     """Every step equals dense attention with a mask: of the row's first token, and all tokens since."""
-    answers, rows, accepted, counts = in_engine_process(verify, model, {})
+    answers, rows, accepted, counts = in_engine_process(verify, model, method)
     assert accepted > 0 and any(query_len > 1 for of_prompt in rows for _, query_len in of_prompt)
     sparse = counts["layers"]["sparse"]
     assert sparse["rows"] == 4 * sum(query_len for of_prompt in rows for _, query_len in of_prompt)
@@ -83,7 +91,7 @@ def test_drafts_read_the_pages_of_the_token_before_them(model):
 
 def answers_with(model, delta, **options):
     with start_engine(model, "DELTA", {**BUDGET, **ROLES, **delta}, **options) as engine:
-        answers = engine.generate(make_prompts(), 4 * STEPS)
+        answers = engine.generate(make_prompts(), STEPS)
         return [answer.tokens for answer in answers], engine.metric("vllm:spec_decode_num_accepted_tokens")
 
 
@@ -91,6 +99,8 @@ def test_tokens_by_themselves_where_recent_pages_may_not_hold_the_drafts(model):
     """Then each token chooses for itself, and speculation changes none."""
     delta = {"recent_tokens": 16}
     plain, _ = in_engine_process(answers_with, model, delta)
-    speculative, accepted = in_engine_process(partial(answers_with, model, delta, speculative_config=NGRAM))
-    assert accepted > 0
-    assert speculative == plain
+    for method in ("ngram", "draft_model"):
+        options = {"speculative_config": speculation(model, method)}
+        speculative, accepted = in_engine_process(partial(answers_with, model, delta, **options))
+        assert accepted > 0
+        assert speculative == plain

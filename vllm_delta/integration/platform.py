@@ -19,6 +19,7 @@ from vllm_delta.integration.compat import unsupported_version
 from vllm_delta.integration.lossless import adopt_drafts, choose_scheduler, report_payoff
 from vllm_delta.integration.names import BACKEND_NAME, CPU_BACKEND_PATH, WORKERS
 from vllm_delta.integration.settings import prepare, selects_delta, settings_of
+from vllm_delta.integration.speculation import has_draft_layers
 from vllm_delta.integration.validation import check_config
 from vllm_delta.kernels.limits import CPU, GPU, Limits
 from vllm_delta.method.config import DeltaConfig
@@ -106,13 +107,14 @@ def choose_block_size(config: DeltaConfig, vllm_config: Any) -> None:
 
     A page of 16 tokens in a block of 128 is scattered over half the block's cache lines, since keys lie
     transposed in a block; one that is the whole block is read in one go. vLLM's own kernels are as fast with
-    small blocks, except those for AMX, which need a multiple of 32 tokens.
+    small blocks. Those for AMX need a multiple of 32 tokens, and so does the CPU_ATTN of a draft model.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if cache.user_specified_block_size or model is None or model.is_hybrid:
         return
     uses_amx = model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    cache.block_size = max(config.page_size, 32 if uses_amx else 16)
+    multiple = 32 if uses_amx or has_draft_layers(vllm_config) else 16
+    cache.block_size = max(config.page_size, multiple)
 
 
 _base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from vllm_delta.integration.lossless import check_lossless
-from vllm_delta.integration.speculation import METHODS
+from vllm_delta.integration.speculation import check_speculation
 from vllm_delta.kernels.limits import CPU, Limits
 from vllm_delta.method.config import DeltaConfig, DeltaConfigError
 from vllm_delta.method.plan import check_layer_numbers, make_plan
@@ -121,14 +121,10 @@ def _check_options(vllm_config: Any, config: DeltaConfig) -> None:
         raise DeltaConfigError("--kv-sharing-fast-prefill is not supported by DELTA; leave it out")
     if getattr(vllm_config.attention_config, "use_non_causal", False):
         raise DeltaConfigError("attention_config.use_non_causal is not supported by DELTA; accepted: false")
-    speculative = vllm_config.speculative_config
     if config.lossless:
         check_lossless(config, vllm_config)
-    elif speculative is not None and speculative.method not in METHODS:
-        raise DeltaConfigError(
-            f"--speculative-config with the method {speculative.method!r} is not supported by DELTA; "
-            f"accepted: {', '.join(METHODS)}"
-        )
+    elif vllm_config.speculative_config is not None:
+        check_speculation(vllm_config)
 
 
 def _check_model(vllm_config: Any, config: DeltaConfig) -> None:
