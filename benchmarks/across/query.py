@@ -25,6 +25,8 @@ MODELS = {
     "qwen2.5-1.5b": "Qwen2.5-1.5B",
     "qwen2.5-7b": "Qwen2.5-7B",
     "qwen3-8b": "Qwen3-8B",
+    "trained": "the reasoner",
+    "SmolLM2-135M-Instruct": "SmolLM2-135M",
     "12-layers-seed-0": "12 layers, seed 0",
     "12-layers-seed-1": "12 layers, seed 1",
 }

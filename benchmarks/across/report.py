@@ -16,17 +16,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.across import accuracy_tables, kernel_tables, speed_tables
+from benchmarks.across import accuracy_tables, draft_tables, kernel_tables, speed_tables
 from benchmarks.across.query import Query, ReportError
 
 #: documents with tables
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/benchmarks-diary.md", "docs/choosing.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/benchmarks-diary.md",
+    "docs/choosing.md",
+    "docs/lossless.md",
+)
 
 TABLES: dict[str, Callable[[Query], list[str]]] = {
     "decode_cpu": speed_tables.decode,
     "decode_cuda": speed_tables.decode,
     "generate_cuda": speed_tables.generate,
     "serve_cuda": speed_tables.serve,
+    "lossless_cuda": draft_tables.speed,
+    "acceptance_cpu": draft_tables.acceptance,
     "kernels_cpu": kernel_tables.kernels_cpu,
     "kernels_gpu": kernel_tables.kernels_gpu,
     "limits_cuda": kernel_tables.limits,

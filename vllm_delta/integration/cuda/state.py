@@ -160,7 +160,7 @@ class CUDAState(WorkerState[LayerGroup]):
         ]
 
     def schedule(self, shape: LayerShape, index: int) -> Schedule:
-        """The schedule of a step's launch; those of single-token steps are allocated from the start."""
+        """The schedule of a step's launch; those of uniform steps are allocated from the start."""
         assert self.workspace is not None
         of_shape = self.schedules[shape]
         while len(of_shape) <= index:
@@ -209,13 +209,13 @@ def _allocate(
     scheduler = vllm_config.scheduler_config
     max_length = vllm_config.model_config.max_model_len
     graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    single_token_rows = max(scheduler.max_num_seqs, graph_rows)
+    uniform_rows = max(scheduler.max_num_seqs, graph_rows)
     # Every token of a step may be a decode row, but a sequence has no more than it may have.
     step_rows = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_length)
     query_len = verified_tokens(config, vllm_config)
     if config.lossless:  # rows are requests
-        step_rows = single_token_rows
-    max_rows = launch_rows(single_token_rows, step_rows, max_length, config.page_size)
+        step_rows = uniform_rows
+    max_rows = launch_rows(uniform_rows, step_rows, max_length, config.page_size)
     workspace = None
     if shapes:
         workspace = Workspace.allocate(
@@ -233,9 +233,9 @@ def _allocate(
         counters=Counters(device),
         itemsize=vllm_config.model_config.dtype.itemsize,
         workspace=workspace,
-        requests=torch.arange(single_token_rows, dtype=torch.int32, device=device),
-        kept_pages=torch.full((single_token_rows,), config.budget_pages, dtype=torch.int32, device=device),
-        query_lens=torch.full((single_token_rows,), query_len, dtype=torch.int32, device=device),
+        requests=torch.arange(uniform_rows, dtype=torch.int32, device=device),
+        kept_pages=torch.full((uniform_rows,), config.budget_pages, dtype=torch.int32, device=device),
+        query_lens=torch.full((uniform_rows,), query_len, dtype=torch.int32, device=device),
         max_query_len=query_len,
         schedules={shape: [] for shape in shapes},
         side=SideStream(device) if device.type == "cuda" else None,
@@ -243,12 +243,12 @@ def _allocate(
     )
     most_pages = config.most_kept_pages(max_length)
     if config.lossless:
-        state.drafting = _allocate_drafts(config, layers.plan, single_token_rows, most_pages, device)
+        state.drafting = _allocate_drafts(config, layers.plan, uniform_rows, most_pages, device)
     if shapes and config.refreshes_pages:
-        table = SelectionTable.allocate(max(single_token_rows, step_rows), most_pages, device, frames=True)
+        table = SelectionTable.allocate(max(uniform_rows, step_rows), most_pages, device, frames=True)
         state.table = WrittenTable(table)
     for shape in shapes:
-        state.schedule(shape, math.ceil(single_token_rows / max_rows) - 1)
+        state.schedule(shape, math.ceil(uniform_rows / max_rows) - 1)
     return state
 
 
