@@ -26,7 +26,8 @@ from benchmarks.accuracy.options import DENSE
 from benchmarks.lib.base import DELTA, BenchmarkError, Json
 from benchmarks.lib.cases import Case
 from benchmarks.lib.csv_rows import append_csv, check_header
-from benchmarks.lib.models import kv_cache_bytes, read_config
+from benchmarks.lib.drafts import accepted_share, tokens_per_step
+from benchmarks.lib.models import kv_cache_bytes, ngram_drafts, read_config
 from benchmarks.lib.options import describe_run
 from benchmarks.lib.processes import run_benchmark, run_worker
 from benchmarks.lib.provenance import find_machine
@@ -143,11 +144,7 @@ def engine_arguments(args: argparse.Namespace, backend: str, delta: Json) -> Jso
     if backend == DELTA:
         arguments["additional_config"] = {"delta": delta}
     if args.ngram:
-        arguments["speculative_config"] = {
-            "method": "ngram",
-            "prompt_lookup_max": 4,
-            "num_speculative_tokens": args.ngram,
-        }
+        arguments["speculative_config"] = ngram_drafts(args.ngram)
     arguments |= args.engine
     return arguments
 
@@ -155,7 +152,7 @@ def engine_arguments(args: argparse.Namespace, backend: str, delta: Json) -> Jso
 def to_row(text: str, result: Json, args: argparse.Namespace, shared: Json) -> Acceptance:
     """The CSV row of a worker's result."""
     (drafts,), accepted = result[DRAFTS], result[ACCEPTED]
-    tried = sum([drafts, *accepted][: len(accepted)])
+    counts = [[drafts, *accepted]]
     return Acceptance(
         text=text,
         prompts=args.parts,
@@ -165,8 +162,8 @@ def to_row(text: str, result: Json, args: argparse.Namespace, shared: Json) -> A
         ngram_tokens=args.ngram,
         drafts=drafts,
         accepted=" ".join(map(str, accepted)),
-        acceptance=round(sum(accepted) / max(1, tried), 4),
-        tokens_per_step=round(1 + sum(accepted) / max(1, drafts), 4),
+        acceptance=round(accepted_share(counts), 4),
+        tokens_per_step=round(tokens_per_step(counts), 4),
         **shared,
     )
 

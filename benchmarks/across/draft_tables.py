@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from benchmarks.across.query import (
     MODELS,
@@ -15,16 +14,17 @@ from benchmarks.across.query import (
     ratio,
     times,
 )
+from benchmarks.lib.drafts import accepted_share, tokens_per_step
 from benchmarks.lib.rows import Acceptance, Drafted
 from vllm_delta.method.config import DeltaConfig
 
 
 def speed(query: Query) -> list[str]:
     """Time of a token in lossless speculation, by the acceptance that was given."""
-    rows = query.rows(Drafted, run=day_of)
+    rows = [row for row in query.rows(Drafted, run=day_of) if not row.ngram_tokens]
     lines = []
     for row in rows:
-        if row.ngram_tokens or row.backend == row.baseline:
+        if row.backend == row.baseline:
             continue
         dense = next(
             other
@@ -51,8 +51,9 @@ def acceptance(query: Query) -> list[str]:
         groups.setdefault((MODELS.get(row.shape, row.shape), _words(row)), []).append(row)
     names = grouped([f"{model}, {of[0].context} tokens" for (model, _), of in groups.items()])
     lines = [
-        [name, words, f"{_accepted(of):.3f}", f"{_per_step(of):.2f}"]
+        [name, words, f"{accepted_share(counts):.3f}", f"{tokens_per_step(counts):.2f}"]
         for name, ((_, words), of) in zip(names, groups.items(), strict=True)
+        for counts in [[[row.drafts, *map(int, row.accepted.split())] for row in of]]
     ]
     head = ["model, prompts of", "drafts", "acceptance", "tokens per verification"]
     return markdown(head, lines) + provenance(rows, query.name)
@@ -64,15 +65,3 @@ def _words(row: Acceptance) -> str:
         return f"{row.ngram_tokens} by n-grams, {row.backend}"
     config = DeltaConfig.from_additional_config({"delta": json.loads(row.settings)})
     return f"{config.draft_tokens}, {config.draft_pages} pages, budget {config.budget_tokens}"
-
-
-def _accepted(rows: Sequence[Acceptance]) -> float:
-    """Accepted drafts over those behind accepted ones only."""
-    by_row = [[row.drafts, *map(int, row.accepted.split())] for row in rows]
-    tried = sum(sum(counts[:-1]) for counts in by_row)
-    return sum(sum(counts[1:]) for counts in by_row) / max(1, tried)
-
-
-def _per_step(rows: Sequence[Acceptance]) -> float:
-    drafts = sum(row.drafts for row in rows)
-    return 1 + sum(sum(map(int, row.accepted.split())) for row in rows) / max(1, drafts)

@@ -60,6 +60,11 @@ SHAPES: dict[str, Json] = {  # heads: query heads, KV heads, size of a head
 }
 
 
+def ngram_drafts(tokens: int) -> Json:
+    """VLLM's configuration of so many drafts, by n-grams of up to four tokens."""
+    return {"method": "ngram", "prompt_lookup_max": 4, "num_speculative_tokens": tokens}
+
+
 def write_model(shape: str, folder: Path) -> Path:
     """A model folder that holds only the config of `shape`."""
     model = folder / shape

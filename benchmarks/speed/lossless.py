@@ -37,6 +37,7 @@ from benchmarks.lib.models import (
     NOISE_IN_CACHE,
     POSITIONS,
     engine_arguments,
+    ngram_drafts,
     prompt_case,
     read_config,
     worker_job,
@@ -157,17 +158,21 @@ def speculation(args: argparse.Namespace, model: str) -> Json:
     On a GPU with rates of acceptance, which are set later.
     """
     drafts = args.ngram or args.delta.get("draft_tokens", 7)
-    if args.ngram:
-        speculative: Json = {"method": "ngram", "prompt_lookup_max": 4}
-    else:
+    speculative = ngram_drafts(drafts)
+    if not args.ngram:
         sampling = args.delta.get("draft_sampling", "probabilistic")
-        speculative = {"method": "draft_model", "model": model, "draft_sample_method": sampling}
+        speculative = {
+            "method": "draft_model",
+            "model": model,
+            "draft_sample_method": sampling,
+            "num_speculative_tokens": drafts,
+        }
     if args.platform == "cuda":
         speculative |= {
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_rates": [1.0] * drafts,
         }
-    return speculative | {"num_speculative_tokens": drafts}
+    return speculative
 
 
 def to_row(case: Case, rate: float | None, result: Json, args: argparse.Namespace, shared: Json) -> Drafted:

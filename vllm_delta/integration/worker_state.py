@@ -95,6 +95,11 @@ class WorkerState(Generic[Group]):
         drafting = 0 if self.drafting is None else self.drafting.nbytes
         return drafting + (0 if self.table is None else self.table.table.nbytes)
 
+    @property
+    def row_query_len(self) -> int:
+        """Query tokens of a decode row, at most, as things are: plain code has a row for each token."""
+        return 1 if self.aside.is_needed(self.config) else self.max_query_len
+
     def use(self, config: DeltaConfig, plan: Plan) -> None:
         """Go on with other settings and another plan; not where CUDA graphs hold those of before.
 

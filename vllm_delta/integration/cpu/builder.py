@@ -78,8 +78,7 @@ class DeltaCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc
         requests = common.query_start_loc_cpu, lengths, prompt_lens, kept_pages
         drafting = state.drafting
         if drafting is None:
-            alone = state.aside.is_needed(state.config)  # plain code has a row for each token
-            return split_step(*requests, most=1 if alone else state.max_query_len)
+            return split_step(*requests, most=state.row_query_len)
         step = split_verification(*requests, most=state.max_query_len)
         drafting.rows = step.rows
         return step

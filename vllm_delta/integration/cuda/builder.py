@@ -102,10 +102,11 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
 
     def _is_uniform(self, common: CommonAttentionMetadata) -> bool:
         """Whether every request has one token, or drafts to verify, and as many as any."""
-        query_len, most = int(common.max_query_len), self.state.max_query_len
-        if query_len == 1 or self.state.aside.is_needed(self.state.config):
-            return query_len == 1  # plain code has a row for each token
-        return query_len == most and int(common.num_actual_tokens) == most * int(common.num_reqs)
+        query_len = int(common.max_query_len)
+        if query_len == 1:
+            return True
+        tokens = query_len * int(common.num_reqs)
+        return query_len == self.state.row_query_len and int(common.num_actual_tokens) == tokens
 
     def _count_dense(self, common: CommonAttentionMetadata) -> None:
         """Count what layers that are never sparse compute."""
@@ -214,8 +215,7 @@ class DeltaCUDAMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[m
         lengths = common.seq_lens_cpu_upper_bound  # exact for prefill, and where nothing is speculated
         count = len(prompt_lens)
         kept_pages = torch.full((count,), self.state.config.budget_pages, dtype=torch.int32)
-        most = 1 if self.state.aside.is_needed(self.state.config) else self.state.max_query_len
-        starts = common.query_start_loc_cpu[: count + 1]
+        most, starts = self.state.row_query_len, common.query_start_loc_cpu[: count + 1]
         step = split_step(starts, lengths[:count], prompt_lens, kept_pages, most)
         self.state.counters.add_dense_rows("prefill", step.num_prefill_tokens * len(self.group.layers))
         if step.rows is None:

@@ -29,6 +29,7 @@ from vllm_delta.kernels.gpu.paging import entry_offsets, kept_tokens, load_entri
 from vllm_delta.kernels.gpu.queries import load_queries
 from vllm_delta.kernels.gpu.schedule import NO_ROW, load_row_splits, load_split
 from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides
+from vllm_delta.kernels.gpu.tuning import Tuning
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
 
@@ -229,12 +230,13 @@ def attend(
     inputs.check(workspace, output, sparse=table is not None)
     if len(inputs.rows) == 0:
         return
+    tuning = inputs.tuning(sparse=table is not None)
     how = {"keeps_logits": keeps_logits, "frames": frames, "dependent": dependent}
     if inputs.query_len > 1:
-        attend_multi_token(inputs, workspace, table, **how)
+        attend_multi_token(inputs, workspace, table, tuning, **how)
     else:
-        _attend_single_token(inputs, workspace, counters, output, table, **how)
-    if not inputs.tuning(sparse=table is not None).whole:
+        _attend_single_token(inputs, workspace, counters, output, table, tuning, **how)
+    if not tuning.whole:
         combine(inputs, workspace, counters, output, table)
 
 
@@ -244,6 +246,7 @@ def _attend_single_token(
     counters: Tensor,
     output: Tensor,
     table: SelectionTable | None,
+    tuning: Tuning,
     *,
     keeps_logits: bool,
     frames: bool,
@@ -253,7 +256,6 @@ def _attend_single_token(
     frames = frames and shape.KEEPS_LAST
     # What a layer does not read needs some tensor in its place.
     entries = inputs.rows.lengths if table is None else table.entries(frames=frames)
-    tuning = inputs.tuning(sparse=sparse)
     attention_kernel[(inputs.most_splits(tuning), inputs.programs_per_split)](
         query,
         inputs.kv_cache,

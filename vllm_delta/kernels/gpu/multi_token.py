@@ -21,6 +21,7 @@ from vllm_delta.kernels.gpu.paging import entry_offsets, load_entries, load_vect
 from vllm_delta.kernels.gpu.queries import LOWEST_LOGIT, load_queries, ordered_token, seen_tokens
 from vllm_delta.kernels.gpu.schedule import NO_ROW, load_split
 from vllm_delta.kernels.gpu.shape import CacheStrides, TokenStrides
+from vllm_delta.kernels.gpu.tuning import Tuning
 from vllm_delta.kernels.gpu.workspace import Workspace
 from vllm_delta.kernels.types import SelectionTable
 
@@ -158,16 +159,16 @@ def attend_multi_token(
     inputs: LayerInputs,
     workspace: Workspace,
     table: SelectionTable | None,
+    tuning: Tuning,
     *,
     keeps_logits: bool,
     frames: bool,
     dependent: bool,
 ) -> None:
-    """Launch a layer's attention, without its combination; arguments as of `attention.attend`."""
+    """Launch a layer's attention with these settings, without its combination; see `attention.attend`."""
     query, sparse = inputs.query, table is not None
     # What a layer does not read needs some tensor in its place.
     entries = inputs.rows.lengths if table is None else table.entries(frames=frames)
-    tuning = inputs.tuning(sparse=sparse)
     multi_token_kernel[(inputs.most_splits(tuning), inputs.programs_per_split)](
         query,
         inputs.kv_cache,
